@@ -1,0 +1,37 @@
+//! Identifiers and BAR roles of the PCI function.
+
+/// Vendor id used by default: the id that Bochs and QEMU use for devices without a registered vendor.
+pub const VENDOR_ID: u16 = 0x1234;
+/// Device id used by default, unassigned under [`VENDOR_ID`] in QEMU's `docs/specs/pci-ids`.
+pub const DEVICE_ID: u16 = 0x6770;
+/// Class code 12h 00h 00h: processing accelerator (PCI Code and ID Assignment 1.11, section 1.19).
+pub const CLASS_CODE: u32 = 0x12_0000;
+
+/// BAR that holds the registers of [`crate::regs`]; 64-bit, so it takes BAR 1 as its upper half.
+pub const BAR_REGISTERS: u8 = 0;
+/// Size of [`BAR_REGISTERS`] in bytes.
+pub const BAR_REGISTERS_SIZE: u64 = 0x1_0000;
+/// BAR that holds the doorbells; 64-bit.
+pub const BAR_DOORBELLS: u8 = 2;
+/// Size of [`BAR_DOORBELLS`] in bytes.
+pub const BAR_DOORBELLS_SIZE: u64 = 0x1000;
+/// BAR that holds the MSI-X table and pending bits and nothing else; 64-bit.
+pub const BAR_MSIX: u8 = 4;
+/// Size of [`BAR_MSIX`] in bytes.
+pub const BAR_MSIX_SIZE: u64 = 0x2000;
+/// Offset of the MSI-X table in [`BAR_MSIX`].
+pub const MSIX_TABLE_OFFSET: u32 = 0;
+/// Offset of the MSI-X pending bit array in [`BAR_MSIX`], on a page of its own.
+pub const MSIX_PBA_OFFSET: u32 = 0x1000;
+
+/// Bytes between the doorbells of two queues.
+pub const DOORBELL_STRIDE: u64 = 8;
+
+/// MSI-X vector of faults and ownership events.
+pub const VECTOR_EVENTS: u16 = 0;
+/// MSI-X vector of queue 0; queue `q` has `VECTOR_QUEUE0 + q`.
+pub const VECTOR_QUEUE0: u16 = 1;
+/// Number of MSI-X vectors: one for events and one for each of [`crate::regs::MAX_QUEUES`] queues.
+pub const VECTOR_COUNT: u16 = 9;
+
+const _: () = assert!(VECTOR_COUNT as u32 == VECTOR_QUEUE0 as u32 + crate::regs::MAX_QUEUES);

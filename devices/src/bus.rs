@@ -1,0 +1,183 @@
+//! The seam between a device and whatever carries it.
+//!
+//! A transport (vfio-user, an in-process test, a VMM's own PCI bus) knows a device as a [`PciFunction`], and
+//! gives it two things in return: a [`DmaPort`] to reach guest memory and an [`InterruptSink`]. Devices know no
+//! transport; transports know no GPU.
+
+use std::sync::Arc;
+
+use thiserror::Error;
+use vm_memory::{VolatileMemoryError, VolatileSlice};
+
+/// Size and kind of one base address register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bar {
+    /// BAR number, 0 to 5; a 64-bit BAR also takes the next number.
+    pub index: u8,
+    /// Bytes, a power of two from 16 up.
+    pub size: u64,
+    /// Whether it decodes 64-bit addresses.
+    pub is_64bit: bool,
+    /// Whether reads have no side effects.
+    pub prefetchable: bool,
+}
+
+/// What a transport has to know of a function before it serves it. Constant for the function's life.
+#[derive(Clone, Debug)]
+pub struct FunctionLayout {
+    /// BARs in use, ascending.
+    pub bars: Vec<Bar>,
+    /// Bytes of configuration space: 256 or 4096.
+    pub config_size: u32,
+    /// Number of MSI-X vectors; 0 if it has none.
+    pub msix_vectors: u16,
+}
+
+/// Why a function is reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetKind {
+    /// Function-level reset by the driver (PCIe Base 6.0 section 6.6.2), or `DEVICE_RESET` by the VMM, which
+    /// stands for a hot reset of the bus.
+    Function,
+    /// The VMM went away; the next one starts with a device fresh from power-on.
+    Disconnect,
+}
+
+/// Why a DMA did not happen.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum DmaError {
+    /// Nothing is mapped there, or not all of the range is.
+    #[error("nothing is mapped at {address:#x}..+{len:#x}")]
+    Unmapped {
+        /// First address.
+        address: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// A write to memory mapped for reading only.
+    #[error("{address:#x} is mapped for reading only")]
+    ReadOnly {
+        /// First address.
+        address: u64,
+    },
+    /// The transport is gone.
+    #[error("no VMM is connected")]
+    Disconnected,
+}
+
+/// Direction of a DMA, as the guest's memory sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DmaAccess {
+    /// The device reads memory.
+    Read,
+    /// The device writes memory.
+    Write,
+}
+
+/// Identity of a file that backs memory: two mappings with equal identity and offset show the same bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BackingId {
+    /// `st_dev`.
+    pub device: u64,
+    /// `st_ino`.
+    pub inode: u64,
+}
+
+/// What the VMM maps over an address range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapped {
+    /// Nothing.
+    Nothing,
+    /// Only a part of the range, or parts of several maps.
+    Partial,
+    /// All of it, but without a file descriptor.
+    NoFd,
+    /// All of it, by one file.
+    File {
+        /// Which file.
+        id: BackingId,
+        /// Offset in the file of the first byte of the range.
+        offset: u64,
+        /// Whether the device may write.
+        writable: bool,
+    },
+}
+
+/// Guest memory by bus address (IOVA). Every call checks the mapping that is in force when it is made; a
+/// mapping cannot go away while a call uses it.
+pub trait DmaPort: Send + Sync {
+    /// Calls `f` with each piece of `len` bytes from `address`, in order, as directly accessible memory.
+    ///
+    /// # Errors
+    /// [`DmaError`] if any part is not mapped for `access`; then `f` was not called.
+    fn access(
+        &self,
+        address: u64,
+        len: u64,
+        access: DmaAccess,
+        f: &mut dyn FnMut(VolatileSlice<'_>),
+    ) -> Result<(), DmaError>;
+
+    /// What the VMM maps over `address..address + len`.
+    fn mapped(&self, address: u64, len: u64) -> Mapped;
+}
+
+/// Where a function's MSI-X messages go.
+pub trait InterruptSink: Send + Sync {
+    /// Sends the message of `vector`. False if nobody listens to that vector now.
+    fn trigger(&self, vector: u16) -> bool;
+}
+
+/// What a transport hands to a function when a VMM connects.
+#[derive(Clone)]
+pub struct Attachment {
+    /// Guest memory.
+    pub dma: Arc<dyn DmaPort>,
+    /// Interrupts.
+    pub irq: Arc<dyn InterruptSink>,
+}
+
+/// A PCI function as a transport sees it.
+///
+/// Accesses never fail: a read of what does not exist fills `data` with what the function says (zeros or
+/// ones), a write there is dropped. No call blocks on the guest, on another device or on a queue's work.
+/// Accesses may have any length and alignment.
+pub trait PciFunction: Send + Sync {
+    /// BARs, configuration space size, interrupts.
+    fn layout(&self) -> &FunctionLayout;
+    /// A VMM connected. Called before any access.
+    fn attach(&self, attachment: Attachment);
+    /// The VMM is gone. When this returns the function uses the attachment no more, and is as after
+    /// [`ResetKind::Disconnect`].
+    fn detach(&self);
+    /// The VMM's memory map changed; [`DmaPort::mapped`] may answer differently now.
+    fn dma_changed(&self);
+    /// Reads configuration space.
+    fn config_read(&self, offset: u32, data: &mut [u8]);
+    /// Writes configuration space.
+    fn config_write(&self, offset: u32, data: &[u8]);
+    /// Reads a BAR.
+    fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]);
+    /// Writes a BAR.
+    fn bar_write(&self, bar: u8, offset: u64, data: &[u8]);
+    /// Resets the function. HBM that drivers owned is scrubbed and free afterwards.
+    fn reset(&self, kind: ResetKind);
+}
+
+/// The memory of one HBM partition.
+pub trait HbmStore: Send + Sync {
+    /// Bytes.
+    fn size(&self) -> u64;
+    /// `len` bytes from `offset`.
+    ///
+    /// # Errors
+    /// If the range is not inside the store.
+    fn slice(&self, offset: u64, len: u64) -> Result<VolatileSlice<'_>, VolatileMemoryError>;
+    /// Which file backs it, and at which offset of the file it starts.
+    fn backing(&self) -> (BackingId, u64);
+    /// Makes every byte read as zero and gives the pages back to the host.
+    ///
+    /// # Errors
+    /// The host's error; the contents are then undefined.
+    fn scrub(&self) -> std::io::Result<()>;
+}

@@ -1,0 +1,3 @@
+//! The guest agent: init of the test guest.
+
+fn main() {}

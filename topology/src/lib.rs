@@ -1,0 +1,3 @@
+//! Machine description in, plan out.
+
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The `numagpu` command.
+
+fn main() {}
