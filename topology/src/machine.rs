@@ -1,0 +1,419 @@
+//! The machine description: what the TOML file says.
+
+use std::fmt;
+
+use serde::de::{self, Deserialize, Deserializer, Visitor};
+use serde::{Deserialize as DeriveDeserialize, Serialize};
+use toml::Spanned;
+
+use crate::error::MachineError;
+use crate::size::{GIB, Size};
+
+/// A machine, as its file describes it.
+#[derive(Clone, Debug, DeriveDeserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// Name, for output.
+    pub name: Spanned<String>,
+    /// One line on what it is.
+    #[serde(default)]
+    pub description: String,
+    /// Which real machine it matches, and how far.
+    #[serde(default)]
+    pub matches: String,
+    /// CPU nodes, in the order of their proximity domains, which start at 0.
+    #[serde(default)]
+    pub cpu: Vec<Spanned<CpuNode>>,
+    /// GPUs.
+    #[serde(default)]
+    pub gpu: Vec<Spanned<Gpu>>,
+    /// Links between GPUs, and between GPUs and CPU nodes.
+    #[serde(default)]
+    pub link: Vec<Spanned<Link>>,
+    /// NUMA distances.
+    #[serde(default)]
+    pub distances: Distances,
+    /// What the guest can address.
+    #[serde(default)]
+    pub limits: Limits,
+    /// How HBM is laid out.
+    #[serde(default)]
+    pub placement: Placement,
+    /// What will run in the guest.
+    #[serde(default)]
+    pub guest: Guest,
+    /// Where the values come from.
+    #[serde(default)]
+    pub source: Vec<Source>,
+    /// What the description was read from.
+    #[serde(skip)]
+    pub text: SourceText,
+}
+
+/// The text of a description, kept for the line numbers of errors.
+#[derive(Clone, Debug, Default)]
+pub struct SourceText {
+    /// Name of the file, or of the preset.
+    pub file: String,
+    /// Contents.
+    pub text: String,
+}
+
+impl SourceText {
+    /// Line of the byte at `offset`, from 1.
+    pub fn line(&self, offset: usize) -> usize {
+        1 + self
+            .text
+            .bytes()
+            .take(offset)
+            .filter(|byte| *byte == b'\n')
+            .count()
+    }
+
+    /// An error at the byte at `offset`.
+    pub fn error(
+        &self,
+        offset: usize,
+        key: impl Into<String>,
+        message: impl Into<String>,
+        help: Option<String>,
+    ) -> MachineError {
+        MachineError {
+            file: self.file.clone(),
+            line: self.line(offset),
+            key: key.into(),
+            message: message.into(),
+            help,
+        }
+    }
+}
+
+/// A node with CPUs and RAM.
+#[derive(Clone, Debug, DeriveDeserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuNode {
+    /// Its CPUs.
+    pub cpus: Spanned<Cpus>,
+    /// Its RAM; a multiple of 2 MiB.
+    pub memory: Spanned<Size>,
+}
+
+/// CPUs of a node: a count, or a list such as `0-15,64-79`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cpus {
+    /// As many as this, numbered on from the node before.
+    Count(u32),
+    /// These.
+    List(Vec<u32>),
+}
+
+/// More CPUs than this are refused: QEMU's q35 has at most 4096.
+pub const MAX_CPUS: u32 = 4096;
+
+impl Cpus {
+    fn parse(text: &str) -> Result<Cpus, String> {
+        let wrong = || format!("`{text}` is not a CPU list: write \"0-15,64-79\" or a count");
+        let mut cpus = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let first: u32 = first.trim().parse().map_err(|_| wrong())?;
+            let last: u32 = last.trim().parse().map_err(|_| wrong())?;
+            if first > last || last >= MAX_CPUS {
+                return Err(format!(
+                    "CPUs {first}-{last} are not a range within 0-{}",
+                    MAX_CPUS - 1
+                ));
+            }
+            cpus.extend(first..=last);
+        }
+        Ok(Cpus::List(cpus))
+    }
+}
+
+impl<'de> Deserialize<'de> for Cpus {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Cpus, D::Error> {
+        struct CpusVisitor;
+        impl Visitor<'_> for CpusVisitor {
+            type Value = Cpus;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of CPUs, or a list such as \"0-15,64-79\"")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Cpus, E> {
+                Cpus::parse(text).map_err(E::custom)
+            }
+            fn visit_i64<E: de::Error>(self, count: i64) -> Result<Cpus, E> {
+                u32::try_from(count)
+                    .ok()
+                    .filter(|count| (1..=MAX_CPUS).contains(count))
+                    .map(Cpus::Count)
+                    .ok_or_else(|| {
+                        E::custom(format!("a node has 1 to {MAX_CPUS} CPUs, not {count}"))
+                    })
+            }
+        }
+        deserializer.deserialize_any(CpusVisitor)
+    }
+}
+
+/// How HBM reaches the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, DeriveDeserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Exposure {
+    /// Soft-reserved memory with a proximity domain of its own, present at boot (AMD MI250X node).
+    Spm,
+    /// Ordinary memory of a node (AMD MI300A).
+    Ram,
+    /// A coherent BAR, and proximity domains without memory that the driver fills (NVIDIA GH200).
+    Bar,
+    /// A BAR of the device, not coherent (AMD MI300X on a PCIe host).
+    Private,
+}
+
+impl fmt::Display for Exposure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Exposure::Spm => "spm",
+            Exposure::Ram => "ram",
+            Exposure::Bar => "bar",
+            Exposure::Private => "private",
+        })
+    }
+}
+
+/// Which node the GPU's PCI function belongs to (its expander bridge's `_PXM`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, DeriveDeserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PciNode {
+    /// The CPU node the GPU is attached to.
+    #[default]
+    Cpu,
+    /// The node of its first HBM partition. Needs `generic_initiator`, so that the node is online.
+    Hbm,
+}
+
+/// A GPU.
+#[derive(Clone, Debug, DeriveDeserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gpu {
+    /// Name; `gpu0`, `gpu1` and so on by default.
+    #[serde(default)]
+    pub id: Option<Spanned<String>>,
+    /// HBM of all partitions together; each partition is a multiple of 2 MiB.
+    pub hbm: Spanned<Size>,
+    /// Partitions of equal size, 1 to 8, each a proximity domain of its own.
+    #[serde(default = "one")]
+    pub partitions: Spanned<u32>,
+    /// CPU node it is attached to.
+    pub cpu: Spanned<usize>,
+    /// How its HBM reaches the guest.
+    #[serde(default = "spm")]
+    pub exposure: Spanned<Exposure>,
+    /// Which node its PCI function belongs to.
+    #[serde(default)]
+    pub pci_node: PciNode,
+    /// Whether firmware names it as Generic Initiator of its HBM's domains, which keeps those nodes online.
+    #[serde(default)]
+    pub generic_initiator: bool,
+    /// Guest physical address of its first partition; chosen if not given. The others follow it.
+    #[serde(default)]
+    pub base: Option<Spanned<Size>>,
+    /// PCI bus it appears on, 2 to 255; chosen if not given.
+    #[serde(default)]
+    pub bus: Option<Spanned<u32>>,
+}
+
+fn spanned<T>(value: T) -> Spanned<T> {
+    Spanned::new(0..0, value)
+}
+
+fn one() -> Spanned<u32> {
+    spanned(1)
+}
+
+fn spm() -> Spanned<Exposure> {
+    spanned(Exposure::Spm)
+}
+
+/// A link between two GPUs, or a GPU and a CPU node.
+#[derive(Clone, Debug, DeriveDeserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Link {
+    /// One end: a GPU's id, or `cpu0`, `cpu1` and so on.
+    pub from: Spanned<String>,
+    /// The other end.
+    pub to: Spanned<String>,
+    /// Physical links in parallel, 1 to 64.
+    #[serde(default = "one")]
+    pub count: Spanned<u32>,
+    /// MB/s in one direction, all of them together; 0 = not known.
+    #[serde(default)]
+    pub bandwidth_mbs: u32,
+    /// Nanoseconds; 0 = not known.
+    #[serde(default)]
+    pub latency_ns: u32,
+}
+
+/// NUMA distances (ACPI 6.5, section 5.2.17): 10 on the diagonal, 11 to 254 elsewhere, 255 = cannot reach.
+#[derive(Clone, Debug, DeriveDeserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Distances {
+    /// The whole matrix by CPU node and then HBM in order of GPUs and partitions; overrules all else.
+    pub matrix: Option<Spanned<Vec<Vec<u32>>>>,
+    /// Between CPU nodes.
+    pub cpu_cpu: Spanned<u32>,
+    /// Between HBM and the CPU node that its GPU is attached to.
+    pub cpu_hbm_local: Spanned<u32>,
+    /// Between HBM and the other CPU nodes.
+    pub cpu_hbm_remote: Spanned<u32>,
+    /// Between partitions of one GPU.
+    pub hbm_hbm_same_gpu: Spanned<u32>,
+    /// Between HBM of GPUs with a link.
+    pub hbm_hbm_linked: Spanned<u32>,
+    /// Between HBM of GPUs without a link.
+    pub hbm_hbm: Spanned<u32>,
+}
+
+impl Default for Distances {
+    fn default() -> Distances {
+        Distances {
+            matrix: None,
+            cpu_cpu: spanned(20),
+            cpu_hbm_local: spanned(15),
+            cpu_hbm_remote: spanned(25),
+            hbm_hbm_same_gpu: spanned(12),
+            hbm_hbm_linked: spanned(20),
+            hbm_hbm: spanned(30),
+        }
+    }
+}
+
+/// What the guest can address.
+#[derive(Clone, Debug, DeriveDeserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Physical address bits of its CPUs, 36 to 52.
+    pub phys_bits: Spanned<u32>,
+}
+
+impl Default for Limits {
+    /// 40 bits, what QEMU's own emulation has.
+    fn default() -> Limits {
+        Limits {
+            phys_bits: spanned(40),
+        }
+    }
+}
+
+/// How HBM is laid out.
+#[derive(Clone, Debug, DeriveDeserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Placement {
+    /// Alignment of every HBM range: a power of two from 2 MiB. 2 GiB satisfies every rule of Linux.
+    pub align: Spanned<Size>,
+    /// Free space between two HBM ranges, at least 2 MiB: without it, firmware merges them.
+    pub gap: Spanned<Size>,
+}
+
+impl Default for Placement {
+    fn default() -> Placement {
+        Placement {
+            align: spanned(Size(2 * GIB)),
+            gap: spanned(Size(2 * GIB)),
+        }
+    }
+}
+
+/// Who drives the GPUs in the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, DeriveDeserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Driver {
+    /// A program that maps `/dev/dax*`: dax devices appear, and `kmem` does not take them.
+    #[default]
+    User,
+    /// A kernel module that claims the range itself: no dax device is made.
+    Kernel,
+}
+
+/// What will run in the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, DeriveDeserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Guest {
+    /// Who drives the GPUs.
+    pub driver: Driver,
+}
+
+/// How well a value is founded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, DeriveDeserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mark {
+    /// Printed by or documented for the real machine.
+    Published,
+    /// Follows from published values.
+    Derived,
+    /// Ours, where nothing is published.
+    Hypothetical,
+    /// Smaller than on the real machine, so that it runs on a small host.
+    Scaled,
+}
+
+/// Where a value comes from.
+#[derive(Clone, Debug, DeriveDeserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// Which value.
+    pub value: String,
+    /// How well it is founded.
+    pub mark: Mark,
+    /// From where, or why.
+    pub from: String,
+}
+
+/// Reads a machine description. `file` is its name in errors.
+///
+/// # Errors
+/// [`MachineError`] with line and key where the text is not TOML, has an unknown key, or a value of the wrong type.
+/// Whether the values make a machine is [`crate::plan()`]'s to say.
+pub fn parse(file: &str, text: &str) -> Result<Machine, MachineError> {
+    let source = SourceText {
+        file: file.to_owned(),
+        text: text.to_owned(),
+    };
+    match toml::from_str::<Machine>(text) {
+        Ok(machine) => Ok(Machine {
+            text: source,
+            ..machine
+        }),
+        Err(error) => {
+            let span = error.span().unwrap_or(0..0);
+            let key = key_at(text, span.start);
+            let message = error.message().replace('\n', "; ");
+            Err(source.error(span.start, key, message, None))
+        }
+    }
+}
+
+/// The key whose line holds the byte at `offset`, with the table it stands in, such as `gpu.hbm`.
+fn key_at(text: &str, offset: usize) -> String {
+    let mut table = "";
+    let mut key = "";
+    let mut start = 0;
+    for line in text.split_inclusive('\n') {
+        if start > offset {
+            break;
+        }
+        let trimmed = line.trim();
+        if trimmed.starts_with('[') {
+            table = trimmed.trim_matches(['[', ']']);
+            key = "";
+        } else if let Some((name, _)) = trimmed.split_once('=') {
+            key = name.trim();
+        }
+        start += line.len();
+    }
+    match (table, key) {
+        ("", "") => "(top level)".to_owned(),
+        ("", key) => key.to_owned(),
+        (table, "") => table.to_owned(),
+        (table, key) => format!("{table}.{key}"),
+    }
+}

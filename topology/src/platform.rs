@@ -1,0 +1,121 @@
+//! Where QEMU's q35 machine puts RAM and device memory.
+//!
+//! Source: QEMU 11.1 `hw/i386/pc.c` (`pc_memory_init`, `pc_get_device_memory_range`, `pc_max_used_gpa`) and
+//! `hw/i386/pc_q35.c`.
+
+use crate::ranges::{NoRoom, Range, Space};
+use crate::size::{GIB, MIB};
+
+/// First address above the 32-bit PCI hole.
+pub const FOUR_GIB: u64 = 4 * GIB;
+/// Range under 1 TiB that AMD's HyperTransport keeps for itself (AMD64 APM volume 2, `AMD_HT_START` in QEMU).
+pub const AMD_HT: Range = Range {
+    base: 0xfd_0000_0000,
+    size: 0x3_0000_0000,
+};
+/// Size of the 64-bit PCI window that q35 reserves above all memory.
+pub const PCI_HOLE64: u64 = 32 * GIB;
+/// Legacy video and BIOS area, never RAM for a kernel.
+pub const LEGACY_HOLE: Range = Range {
+    base: 0xa_0000,
+    size: MIB - 0xa_0000,
+};
+
+/// RAM and device memory of a q35 machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// RAM, ascending; at most two ranges.
+    pub ram: Vec<Range>,
+    /// Where the device-memory window begins.
+    pub window_base: u64,
+}
+
+/// End of RAM below 4 GiB: with 2.75 GiB or more of RAM, q35 keeps 2 GiB there, otherwise all of it.
+pub const fn low_ram_end(ram: u64) -> u64 {
+    const SPLIT: u64 = 0xb000_0000;
+    if ram >= SPLIT { 2 * GIB } else { ram }
+}
+
+/// Highest address that the machine uses, the 64-bit PCI window included, plus one.
+pub const fn used_end(window_end: u64) -> u64 {
+    window_end.next_multiple_of(GIB).saturating_add(PCI_HOLE64)
+}
+
+/// Lays out `ram` bytes, with a device-memory window of `window` bytes above.
+///
+/// Where all of it would reach [`AMD_HT`], what is above 4 GiB moves to 1 TiB, as QEMU does for AMD CPUs, which is
+/// what its own emulation presents.
+///
+/// # Errors
+/// [`NoRoom`] if RAM does not fit under 2^52.
+pub fn layout(ram: u64, window: u64) -> Result<Layout, NoRoom> {
+    let at = |above: u64| -> Result<Layout, NoRoom> {
+        let mut space = Space::new(1 << 52);
+        let low = low_ram_end(ram);
+        space.reserve(Range {
+            base: low,
+            size: above - low,
+        });
+        let pieces = space.fill(ram, 0)?;
+        let end = pieces.last().map_or(0, Range::end).max(above);
+        Ok(Layout {
+            ram: pieces,
+            window_base: end.next_multiple_of(GIB),
+        })
+    };
+    let layout = at(FOUR_GIB)?;
+    if used_end(layout.window_base.saturating_add(window)) > AMD_HT.base {
+        return at(AMD_HT.end());
+    }
+    Ok(layout)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_ram_stays_below_the_hole() {
+        let layout = layout(2 * GIB, 10 * GIB).unwrap();
+        assert_eq!(
+            layout.ram,
+            [Range {
+                base: 0,
+                size: 2 * GIB
+            }]
+        );
+        assert_eq!(layout.window_base, FOUR_GIB);
+    }
+
+    #[test]
+    fn large_ram_is_split_at_two_gib() {
+        let layout = layout(3 * GIB, 10 * GIB).unwrap();
+        assert_eq!(
+            layout.ram,
+            [
+                Range {
+                    base: 0,
+                    size: 2 * GIB
+                },
+                Range {
+                    base: FOUR_GIB,
+                    size: GIB
+                }
+            ]
+        );
+        assert_eq!(layout.window_base, 5 * GIB);
+    }
+
+    #[test]
+    fn what_reaches_the_hypertransport_range_moves_above_one_tib() {
+        let layout = layout(3 * GIB, 1024 * GIB).unwrap();
+        assert_eq!(
+            layout.ram.last(),
+            Some(&Range {
+                base: 1 << 40,
+                size: GIB
+            })
+        );
+        assert_eq!(layout.window_base, (1 << 40) + GIB);
+    }
+}

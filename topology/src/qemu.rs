@@ -1,0 +1,323 @@
+//! QEMU command lines.
+//!
+//! Needs QEMU 11.1 or newer: `sp-mem` gives each HBM range its own soft-reserved E820 entry and SRAT entry, and
+//! `vfio-user-pci` connects to the process that serves the GPU.
+
+use thiserror::Error;
+
+use crate::linux::{self, BootPath};
+use crate::plan::{NodeKind, OVMF_MAX_RANGES, Plan, backend_names};
+use crate::render::text::cpu_list;
+use crate::size::MIB;
+
+/// Expander bridges that fit on q35's root bus beside its own devices.
+const MAX_EXPANDERS: usize = 28;
+
+/// What the plan does not know: where things are on the host.
+#[derive(Clone, Debug, Default)]
+pub struct Host {
+    /// How the guest learns of its HBM.
+    pub boot: BootPath,
+    /// Accelerator: `tcg` or `kvm`.
+    pub accel: String,
+    /// Firmware image, if QEMU's own SeaBIOS is not to be used.
+    pub firmware: Option<String>,
+    /// Kernel image.
+    pub kernel: String,
+    /// Initial RAM disk.
+    pub initrd: Option<String>,
+    /// Further kernel arguments.
+    pub append: String,
+    /// File of every HBM range, in order.
+    pub hbm: Vec<String>,
+    /// Socket of every GPU, in order.
+    pub sockets: Vec<String>,
+    /// File that the guest's first serial port writes to; the terminal if none.
+    pub console: Option<String>,
+    /// UNIX socket on which the host listens for the guest's second serial port.
+    pub report: Option<String>,
+    /// UNIX socket on which QEMU listens for QMP.
+    pub qmp: Option<String>,
+}
+
+impl Host {
+    /// Placeholders for a command line that is printed: files as `numagpu serve` makes them in these directories.
+    pub fn placeholders(plan: &Plan, boot: BootPath, socket_dir: &str, hbm_dir: &str) -> Host {
+        Host {
+            boot,
+            accel: "tcg".to_owned(),
+            firmware: (boot == BootPath::Ovmf).then(|| "OVMF.fd".to_owned()),
+            kernel: "vmlinuz".to_owned(),
+            initrd: Some("initrd.img".to_owned()),
+            append: "console=ttyS0".to_owned(),
+            hbm: plan
+                .gpus
+                .iter()
+                .flat_map(|gpu| {
+                    (0..gpu.hbm.len())
+                        .map(move |part| format!("{hbm_dir}/{}", Plan::hbm_file(gpu, part)))
+                })
+                .collect(),
+            sockets: plan
+                .gpus
+                .iter()
+                .map(|gpu| format!("{socket_dir}/{}", Plan::socket_file(gpu)))
+                .collect(),
+            ..Host::default()
+        }
+    }
+}
+
+/// A plan that this path of QEMU cannot carry.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum QemuError {
+    /// More soft-reserved ranges than the firmware keeps.
+    #[error(
+        "OVMF keeps {OVMF_MAX_RANGES} HBM ranges apart and the machine has {ranges}: use SeaBIOS (--firmware seabios)"
+    )]
+    TooManyRanges {
+        /// HBM ranges of the machine.
+        ranges: usize,
+    },
+    /// More expander bridges than slots.
+    #[error("q35 has room for {MAX_EXPANDERS} expander bridges and the machine has {gpus} GPUs")]
+    TooManyGpus {
+        /// GPUs of the machine.
+        gpus: usize,
+    },
+    /// The distances say that a node cannot be reached, or the host's files do not match the plan.
+    #[error("{what}: the plan has {planned}, the host {given}")]
+    Files {
+        /// Which files.
+        what: &'static str,
+        /// How many the plan needs.
+        planned: usize,
+        /// How many were given.
+        given: usize,
+    },
+}
+
+/// Kernel arguments of the guest: the plan's, then the host's.
+pub fn kernel_arguments(plan: &Plan, host: &Host) -> String {
+    let mut arguments = linux::command_line(host.boot, plan.guest.driver, &plan.hbm_ranges());
+    arguments.extend((!host.append.is_empty()).then(|| host.append.clone()));
+    arguments.join(" ")
+}
+
+/// A size as QEMU reads it without loss.
+fn mib(bytes: u64) -> String {
+    format!("{}M", bytes / MIB)
+}
+
+/// QEMU's arguments, without the program's name.
+///
+/// # Errors
+/// [`QemuError`] where QEMU or the firmware cannot carry the machine.
+pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
+    let ranges = plan.hbm().count();
+    if host.boot == BootPath::Ovmf && ranges > OVMF_MAX_RANGES {
+        return Err(QemuError::TooManyRanges { ranges });
+    }
+    if plan.gpus.len() > MAX_EXPANDERS {
+        return Err(QemuError::TooManyGpus {
+            gpus: plan.gpus.len(),
+        });
+    }
+    for (what, planned, given) in [
+        ("HBM files", ranges, host.hbm.len()),
+        ("sockets", plan.gpus.len(), host.sockets.len()),
+    ] {
+        if planned != given {
+            return Err(QemuError::Files {
+                what,
+                planned,
+                given,
+            });
+        }
+    }
+    let mut args: Vec<String> = Vec::new();
+    let mut arg = |option: &str, value: String| args.extend([option.to_owned(), value]);
+
+    arg("-machine", "q35,usb=off,vmport=off".to_owned());
+    let thread = if host.accel == "tcg" {
+        ",thread=multi"
+    } else {
+        ""
+    };
+    arg("-accel", format!("{}{thread}", host.accel));
+    let cpu = if host.accel == "kvm" { "host" } else { "max" };
+    arg("-cpu", format!("{cpu},phys-bits={}", plan.phys_bits));
+    arg("-smp", cpus(plan));
+    arg(
+        "-m",
+        format!(
+            "size={},maxmem={}",
+            mib(plan.ram_bytes()),
+            mib(plan.ram_bytes() + plan.window.size)
+        ),
+    );
+
+    let cpu_nodes: Vec<_> = plan
+        .nodes
+        .iter()
+        .filter(|node| node.kind == NodeKind::Cpu)
+        .collect();
+    let backends = backend_names(cpu_nodes.len(), ranges);
+    let (ram_names, hbm_names) = backends.split_at(cpu_nodes.len().min(backends.len()));
+    for (node, name) in cpu_nodes.iter().zip(ram_names) {
+        let size: u64 = node.ranges.iter().map(|range| range.size).sum();
+        arg(
+            "-object",
+            format!("memory-backend-memfd,id={name},size={},share=on", mib(size)),
+        );
+    }
+    for ((hbm, name), path) in plan.hbm().zip(hbm_names).zip(&host.hbm) {
+        let path = path.replace(',', ",,");
+        arg(
+            "-object",
+            format!(
+                "memory-backend-file,id={name},mem-path={path},size={},share=on",
+                mib(hbm.size)
+            ),
+        );
+    }
+    for node in &plan.nodes {
+        let list: String = cpu_list(&node.cpus)
+            .split(',')
+            .filter(|run| !run.is_empty())
+            .map(|run| format!(",cpus={run}"))
+            .collect();
+        let position = cpu_nodes.iter().position(|cpu| cpu.pxm == node.pxm);
+        let memory = position
+            .and_then(|i| ram_names.get(i))
+            .map(|name| format!(",memdev={name}"))
+            .unwrap_or_default();
+        arg("-numa", format!("node,nodeid={}{list}{memory}", node.pxm));
+    }
+    for (from, row) in plan.slit.iter().enumerate() {
+        for (to, value) in row.iter().enumerate().filter(|(to, _)| *to != from) {
+            arg("-numa", format!("dist,src={from},dst={to},val={value}"));
+        }
+    }
+    for (index, (hbm, name)) in plan.hbm().zip(hbm_names).enumerate() {
+        arg(
+            "-device",
+            format!(
+                "sp-mem,id=sp{index},memdev={name},node={},addr={:#x}",
+                hbm.pxm, hbm.base
+            ),
+        );
+    }
+    for (gpu, socket) in plan.gpus.iter().zip(&host.sockets) {
+        let i = gpu.index;
+        let (slot, expander) = (i + 2, gpu.bus.saturating_sub(1));
+        arg(
+            "-device",
+            format!(
+                "pxb-pcie,id=pxb{i},bus=pcie.0,addr={slot:#x},bus_nr={expander},numa_node={}",
+                gpu.pci_pxm
+            ),
+        );
+        arg(
+            "-device",
+            format!(
+                "pcie-root-port,id=rp{i},bus=pxb{i},chassis={},slot=0",
+                i + 1
+            ),
+        );
+        let device = serde_json::json!({
+            "driver": "vfio-user-pci",
+            "id": format!("gpu{i}"),
+            "bus": format!("rp{i}"),
+            "socket": { "type": "unix", "path": socket },
+        });
+        arg("-device", device.to_string());
+        for hbm in &gpu.hbm {
+            if let Some(name) = &hbm.initiator {
+                arg(
+                    "-object",
+                    format!(
+                        "acpi-generic-initiator,id={name},pci-dev=gpu{i},node={}",
+                        hbm.pxm
+                    ),
+                );
+            }
+        }
+    }
+    if let Some(firmware) = &host.firmware {
+        arg("-bios", firmware.clone());
+    }
+    arg("-kernel", host.kernel.clone());
+    if let Some(initrd) = &host.initrd {
+        arg("-initrd", initrd.clone());
+    }
+    arg("-append", kernel_arguments(plan, host));
+    arg("-display", "none".to_owned());
+    match &host.console {
+        Some(path) => {
+            arg(
+                "-chardev",
+                format!("file,id=console,path={}", path.replace(',', ",,")),
+            );
+            arg("-serial", "chardev:console".to_owned());
+        }
+        None => arg("-serial", "mon:stdio".to_owned()),
+    }
+    if let Some(path) = &host.report {
+        arg(
+            "-chardev",
+            format!("socket,id=report,path={}", path.replace(',', ",,")),
+        );
+        arg("-serial", "chardev:report".to_owned());
+    }
+    if let Some(path) = &host.qmp {
+        arg(
+            "-qmp",
+            format!("unix:{},server=on,wait=off", path.replace(',', ",,")),
+        );
+    }
+    args.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(String::from));
+    Ok(args)
+}
+
+/// One socket for each CPU node where all have as many CPUs, so that caches do not span nodes.
+fn cpus(plan: &Plan) -> String {
+    let count = plan.cpu_count();
+    let nodes: Vec<_> = plan
+        .nodes
+        .iter()
+        .filter(|node| !node.cpus.is_empty())
+        .collect();
+    let each = nodes.first().map_or(1, |node| node.cpus.len());
+    let even = nodes
+        .iter()
+        .all(|node| node.cpus.len() == each && node.cpus.is_sorted());
+    let consecutive = nodes.iter().flat_map(|node| &node.cpus).is_sorted();
+    if even && consecutive {
+        format!("{count},sockets={},cores={each},threads=1", nodes.len())
+    } else {
+        format!("{count},sockets={count},cores=1,threads=1")
+    }
+}
+
+/// The command line for a shell, one option a line.
+pub fn shell(program: &str, arguments: &[String]) -> String {
+    let quote = |text: &str| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_=,.:/+@%".contains(c);
+        if !text.is_empty() && text.chars().all(plain) {
+            text.to_owned()
+        } else {
+            format!("'{}'", text.replace('\'', r"'\''"))
+        }
+    };
+    let mut text = quote(program);
+    for (index, argument) in arguments.iter().enumerate() {
+        let value = index > 0
+            && !argument.starts_with('-')
+            && arguments.get(index - 1).is_some_and(|a| a.starts_with('-'));
+        text.push_str(if value { " " } else { " \\\n  " });
+        text.push_str(&quote(argument));
+    }
+    text.push('\n');
+    text
+}

@@ -1,0 +1,183 @@
+//! The order in which QEMU walks its objects.
+//!
+//! QEMU keeps the children of `/objects` in a GLib hash table and writes one Generic Initiator entry into the SRAT
+//! for each as it walks that table, so the entries' order, and with it Linux's node numbers, depends on the hashes of
+//! the objects' names. This module computes the order from GLib's published behaviour (`glib/ghash.c`: open
+//! addressing with triangular probing, a prime modulus per size, growth by evicting in place). `numagpu run` asks
+//! the real QEMU before the guest starts whether it agrees.
+
+/// Largest prime below each power of two from 2^3 on, as GLib's `prime_mod` has them.
+const PRIMES: [u32; 14] = [
+    7, 13, 31, 61, 127, 251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521,
+];
+const MIN_SHIFT: usize = 3;
+
+#[derive(Clone)]
+struct Slot {
+    hash: u32,
+    name: String,
+}
+
+/// A GLib hash table of strings, as far as its order of iteration goes.
+struct Table {
+    slots: Vec<Option<Slot>>,
+    modulus: u32,
+    used: usize,
+}
+
+/// GLib's `g_str_hash`: 5381, then times 33 plus each byte as a signed char.
+fn hash(name: &str) -> u32 {
+    let hash = name.bytes().fold(5381u32, |hash, byte| {
+        hash.wrapping_mul(33)
+            .wrapping_add_signed(i32::from(byte.cast_signed()))
+    });
+    // 0 and 1 mark unused slots and tombstones.
+    if hash < 2 { 2 } else { hash }
+}
+
+impl Table {
+    fn new() -> Table {
+        Table {
+            slots: vec![None; 1 << MIN_SHIFT],
+            modulus: PRIMES[0],
+            used: 0,
+        }
+    }
+
+    fn home(&self, hash: u32) -> usize {
+        (hash.wrapping_mul(11) % self.modulus) as usize
+    }
+
+    fn mask(&self) -> usize {
+        self.slots.len() - 1
+    }
+
+    fn insert(&mut self, name: &str) {
+        let hash = hash(name);
+        let mut index = self.home(hash);
+        let mut step = 0;
+        while let Some(Some(_)) = self.slots.get(index) {
+            step += 1;
+            index = (index + step) & self.mask();
+        }
+        if let Some(slot) = self.slots.get_mut(index) {
+            *slot = Some(Slot {
+                hash,
+                name: name.to_owned(),
+            });
+        }
+        self.used += 1;
+        if self.slots.len() <= self.used + self.used / 16 {
+            self.grow();
+        }
+    }
+
+    /// Doubles the table in place: each entry goes to its new home, throwing out the not yet moved entry it meets
+    /// there, which then moves next.
+    fn grow(&mut self) {
+        let old = self.slots.len();
+        // The size for 1.333 times the entries, as the number of bits that it takes to write it.
+        let wanted = self.used * 1333 / 1000;
+        let shift = (usize::BITS - wanted.leading_zeros()) as usize;
+        let shift = shift.clamp(MIN_SHIFT, MIN_SHIFT + PRIMES.len() - 1);
+        self.slots.resize((1 << shift).max(old), None);
+        self.modulus = PRIMES.get(shift - MIN_SHIFT).copied().unwrap_or(PRIMES[0]);
+        let mut moved = vec![false; self.slots.len()];
+        for start in 0..old {
+            if moved.get(start) == Some(&true) {
+                continue;
+            }
+            let mut carried = self.slots.get_mut(start).and_then(Option::take);
+            while let Some(slot) = carried {
+                let mut index = self.home(slot.hash);
+                let mut step = 0;
+                while moved.get(index) == Some(&true) {
+                    step += 1;
+                    index = (index + step) & self.mask();
+                }
+                if let Some(flag) = moved.get_mut(index) {
+                    *flag = true;
+                }
+                carried = self
+                    .slots
+                    .get_mut(index)
+                    .and_then(|place| place.replace(slot));
+            }
+        }
+    }
+}
+
+/// The order in which QEMU walks objects that were created in the order given.
+pub fn walk_order<S: AsRef<str>>(created: &[S]) -> Vec<String> {
+    let mut table = Table::new();
+    for name in created {
+        table.insert(name.as_ref());
+    }
+    table
+        .slots
+        .into_iter()
+        .flatten()
+        .map(|slot| slot.name)
+        .collect()
+}
+
+/// The order in which QEMU creates the objects of a command line: memory backends last, else as given
+/// (`system/vl.c`, `object_create_early`).
+pub fn creation_order(initiators: &[String], backends: &[String]) -> Vec<String> {
+    initiators.iter().chain(backends).cloned().collect()
+}
+
+/// Names for `count` Generic Initiators such that QEMU, which also has `backends`, walks them in ascending order, if
+/// a prefix with that property is found soon; otherwise plain names. Always the same for the same input.
+pub fn initiator_names(count: usize, backends: &[String]) -> Vec<String> {
+    let names =
+        |prefix: &str| -> Vec<String> { (0..count).map(|i| format!("{prefix}{i}")).collect() };
+    let ascending = |names: &[String]| {
+        let order = walk_order(&creation_order(names, backends));
+        order
+            .iter()
+            .filter(|name| names.contains(name))
+            .eq(names.iter())
+    };
+    let suffixes = std::iter::once(String::new()).chain((b'a'..=b'z').flat_map(|first| {
+        std::iter::once(char::from(first).to_string()).chain(
+            (b'a'..=b'z').map(move |second| format!("{}{}", char::from(first), char::from(second))),
+        )
+    }));
+    suffixes
+        .map(|suffix| names(&format!("gi{suffix}")))
+        .find(|names| ascending(names))
+        .unwrap_or_else(|| names("gi"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hash_is_glibs() {
+        // 5381 * 33 + 'a'
+        assert_eq!(hash("a"), 177_670);
+        assert_eq!(hash(""), 5381);
+    }
+
+    #[test]
+    fn every_name_is_walked_once_through_all_growth() {
+        let names: Vec<String> = (0..500).map(|i| format!("object{i}")).collect();
+        let mut walked = walk_order(&names);
+        assert_ne!(walked, names);
+        walked.sort();
+        let mut sorted = names.clone();
+        sorted.sort();
+        assert_eq!(walked, sorted);
+    }
+
+    #[test]
+    fn two_initiators_get_names_that_are_walked_in_order() {
+        let backends = ["ram0", "hbm0", "hbm1"].map(String::from).to_vec();
+        let names = initiator_names(2, &backends);
+        let order = walk_order(&creation_order(&names, &backends));
+        let position = |name: &String| order.iter().position(|walked| walked == name);
+        assert!(position(&names[0]) < position(&names[1]));
+    }
+}

@@ -1,0 +1,42 @@
+//! Outputs for people and programs: functions of the plan.
+
+pub mod text;
+
+pub use text::text;
+
+use crate::plan::Plan;
+use crate::{E820_RAM, E820_SOFT_RESERVED};
+
+/// The plan as one JSON object, indented.
+///
+/// # Errors
+/// None that a plan can cause; `serde_json`'s type is passed through.
+pub fn json(plan: &Plan) -> Result<String, serde_json::Error> {
+    let mut text = serde_json::to_string_pretty(plan)?;
+    text.push('\n');
+    Ok(text)
+}
+
+/// Name of an E820 type, as Linux 6.12 prints it.
+pub fn e820_type(kind: u32) -> &'static str {
+    match kind {
+        E820_RAM => "usable",
+        E820_SOFT_RESERVED => "soft reserved",
+        _ => "reserved",
+    }
+}
+
+/// The memory map, one line for each entry, as Linux 6.12 prints it.
+pub fn e820(plan: &Plan) -> String {
+    plan.e820
+        .iter()
+        .map(|entry| {
+            let last = entry.base.saturating_add(entry.size).saturating_sub(1);
+            format!(
+                "[mem {:#018x}-{last:#018x}] {}\n",
+                entry.base,
+                e820_type(entry.kind)
+            )
+        })
+        .collect()
+}

@@ -1,0 +1,210 @@
+//! What a guest reports of the machine it found itself in.
+//!
+//! The guest agent fills a [`Report`] and sends it to the host as one JSON object; [`crate::verify`] compares it with the plan.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ranges::Range;
+
+/// One line that the agent sends.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", tag = "message")]
+pub enum Message {
+    /// What it is doing.
+    Progress {
+        /// In a few words.
+        text: String,
+    },
+    /// It has written patterns into HBM, owns it, and waits for a line from the host.
+    Held {
+        /// Where the patterns are.
+        patterns: Vec<Pattern>,
+    },
+    /// All that it saw; the last line.
+    Report(Box<Report>),
+}
+
+/// Bytes at an address of HBM: 8-byte little-endian words, word `i` being `seed + i`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pattern {
+    /// Position of the GPU in the machine.
+    pub gpu: u32,
+    /// Partition.
+    pub partition: u32,
+    /// Offset in the partition.
+    pub offset: u64,
+    /// Bytes, a multiple of 8.
+    pub len: u64,
+    /// First word.
+    pub seed: u64,
+}
+
+/// All that the agent saw.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Report {
+    /// Kernel release.
+    pub kernel: String,
+    /// Kernel command line.
+    pub command_line: String,
+    /// Soft-reserved ranges of the memory map, as the kernel printed them.
+    pub soft_reserved: Vec<Range>,
+    /// Usable ranges of the memory map.
+    pub usable: Vec<Range>,
+    /// `MemTotal` in KiB at the start, with all HBM in use, and at the end.
+    pub mem_total_kib: Vec<u64>,
+    /// Nodes that could be.
+    pub nodes_possible: Vec<u32>,
+    /// Nodes that are.
+    pub nodes_online: Vec<u32>,
+    /// Nodes that the kernel knows a Generic Initiator of.
+    pub nodes_initiator: Vec<u32>,
+    /// The nodes that are online.
+    pub nodes: Vec<NodeSeen>,
+    /// Memory entries of the SRAT that are enabled and not empty.
+    pub srat_memory: Vec<SratMemory>,
+    /// Proximity domains of the SRAT's Generic Initiators, in order.
+    pub srat_initiators: Vec<u32>,
+    /// The SLIT by proximity domain.
+    pub slit: Vec<Vec<u8>>,
+    /// ACPI tables by signature.
+    pub acpi_tables: Vec<String>,
+    /// dax devices, by address.
+    pub dax: Vec<DaxSeen>,
+    /// GPUs, by position in the machine.
+    pub gpus: Vec<GpuSeen>,
+    /// What the agent could not do or did not expect.
+    pub problems: Vec<String>,
+}
+
+/// An online node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeSeen {
+    /// Number.
+    pub node: u32,
+    /// CPUs.
+    pub cpus: Vec<u32>,
+    /// Distances to the online nodes, in their order.
+    pub distances: Vec<u32>,
+    /// `MemTotal` of the node in KiB.
+    pub mem_total_kib: u64,
+}
+
+/// A memory entry of the SRAT.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SratMemory {
+    /// Proximity domain.
+    pub pxm: u32,
+    /// Addresses.
+    pub range: Range,
+    /// Whether it is marked as hot-pluggable.
+    pub hotplug: bool,
+}
+
+/// A dax device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DaxSeen {
+    /// Name, such as `dax0.0`.
+    pub name: String,
+    /// Addresses of the region it is carved from.
+    pub region: Range,
+    /// Bytes of the device once the agent has sized it.
+    pub size: u64,
+    /// Node that its memory would be if it were onlined.
+    pub target_node: i32,
+    /// Online node next to it.
+    pub numa_node: i32,
+    /// Driver that owns it.
+    pub driver: String,
+}
+
+/// A GPU.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuSeen {
+    /// Position in the machine, as its register says.
+    pub index: u32,
+    /// PCI address without the segment.
+    pub bdf: String,
+    /// Vendor and device id.
+    pub ids: (u16, u16),
+    /// Class code.
+    pub class: u32,
+    /// Node of the PCI function, -1 = none.
+    pub numa_node: i32,
+    /// Hive, position and size.
+    pub hive: (u64, u32, u32),
+    /// Links: peer's position or 0xffffffff, physical links, MB/s.
+    pub links: Vec<(u32, u32, u32)>,
+    /// Partitions as their registers say.
+    pub partitions: Vec<PartitionSeen>,
+    /// What the driver did and how it went.
+    pub steps: Vec<Step>,
+}
+
+/// A partition's registers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartitionSeen {
+    /// Addresses.
+    pub range: Range,
+    /// Proximity domain.
+    pub pxm: u32,
+    /// Name of the coherence code.
+    pub coherence: String,
+}
+
+/// Something that the driver did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    /// Which, one of [`steps`].
+    pub name: String,
+    /// Whether it came out as it should.
+    pub ok: bool,
+    /// What came out.
+    pub detail: String,
+}
+
+/// What a driver does with every GPU.
+pub mod steps {
+    /// Boot handshake to READY.
+    pub const BOOT: &str = "boot handshake";
+    /// Claim of every partition.
+    pub const CLAIM: &str = "claim";
+    /// A second claim is refused.
+    pub const SECOND_CLAIM: &str = "second claim refused";
+    /// HBM written and read by the CPU through its dax device.
+    pub const CPU_ACCESS: &str = "CPU writes and reads HBM";
+    /// RAM to HBM by the copy engine.
+    pub const COPY_IN: &str = "copy RAM to HBM";
+    /// HBM to a peer's HBM by the copy engine.
+    pub const COPY_PEER: &str = "copy HBM to peer";
+    /// HBM to RAM by the copy engine.
+    pub const COPY_OUT: &str = "copy peer to RAM";
+    /// Fences in order, with their values.
+    pub const FENCES: &str = "fences";
+    /// The MSI-X message of a trap.
+    pub const INTERRUPT: &str = "interrupt";
+    /// HBM that another driver owns is out of reach.
+    pub const FOREIGN: &str = "foreign HBM refused";
+    /// Release of every partition.
+    pub const RELEASE: &str = "release";
+    /// The next owner reads zeros.
+    pub const SCRUBBED: &str = "next owner reads zeros";
+    /// Function-level reset gives a working device.
+    pub const RESET: &str = "function-level reset";
+    /// All of them that every GPU goes through.
+    pub const ALL: &[&str] = &[
+        BOOT,
+        CLAIM,
+        SECOND_CLAIM,
+        CPU_ACCESS,
+        COPY_IN,
+        COPY_PEER,
+        COPY_OUT,
+        FENCES,
+        INTERRUPT,
+        FOREIGN,
+        RELEASE,
+        SCRUBBED,
+        RESET,
+    ];
+}
