@@ -1,0 +1,420 @@
+//! One GPU as a user-space driver sees it: its BARs through sysfs, its registers, its queues.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use numagpu_spec::regs::{
+    self, BootState, Coherence, OwnerCommand, OwnerResult, OwnerState, QueueFault, QueueState,
+};
+use numagpu_spec::table::{Reg, Width};
+use numagpu_spec::{pci, sdma};
+use numagpu_topology::ranges::Range;
+
+use crate::probe::text;
+use crate::sys::Mapping;
+
+/// What went wrong, for people.
+pub type Outcome<T = ()> = Result<T, String>;
+
+/// The longest that anything may take; emulation is slow, a hang is forever.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits until `done` gives something.
+pub fn wait<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> Outcome<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = done() {
+            return Ok(value);
+        }
+        if start.elapsed() > PATIENCE {
+            return Err(format!("{what}: nothing after {} s", PATIENCE.as_secs()));
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// A PCI function of ours.
+pub struct Device {
+    /// PCI address without the segment.
+    pub bdf: String,
+    path: PathBuf,
+    config: File,
+    registers: Mapping,
+    doorbells: Mapping,
+    msix: Mapping,
+}
+
+impl Device {
+    /// All functions that have our ids, in order of address.
+    pub fn find(problems: &mut Vec<String>) -> Vec<Device> {
+        let devices = Path::new("/sys/bus/pci/devices");
+        let id = |path: &Path, name: &str| crate::probe::number(&text(path.join(name)));
+        let mut found = Vec::new();
+        for name in crate::probe::names(devices) {
+            let path = devices.join(&name);
+            if id(&path, "vendor") != Some(u64::from(pci::VENDOR_ID))
+                || id(&path, "device") != Some(u64::from(pci::DEVICE_ID))
+            {
+                continue;
+            }
+            match Device::open(&path, &name) {
+                Ok(device) => found.push(device),
+                Err(error) => problems.push(format!("{name}: {error}")),
+            }
+        }
+        found
+    }
+
+    fn open(path: &Path, name: &str) -> io::Result<Device> {
+        fs::write(path.join("enable"), "1")?;
+        let open = |file: &str| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(path.join(file))
+        };
+        let bar = |index: u8, size: u64| {
+            let file = open(&format!("resource{index}"))?;
+            Mapping::file(&file, 0, usize::try_from(size).map_err(io::Error::other)?)
+        };
+        let device = Device {
+            bdf: name.split_once(':').map_or(name, |(_, bdf)| bdf).to_owned(),
+            path: path.to_owned(),
+            config: open("config")?,
+            registers: bar(pci::BAR_REGISTERS, pci::BAR_REGISTERS_SIZE)?,
+            doorbells: bar(pci::BAR_DOORBELLS, pci::BAR_DOORBELLS_SIZE)?,
+            msix: bar(pci::BAR_MSIX, pci::BAR_MSIX_SIZE)?,
+        };
+        device.enable()?;
+        Ok(device)
+    }
+
+    /// Turns on memory decoding and bus mastering (PCI Local Bus 3.0, section 6.2.2).
+    pub fn enable(&self) -> io::Result<()> {
+        let mut command = [0; 2];
+        self.config.read_exact_at(&mut command, 4)?;
+        let command = u16::from_le_bytes(command) | 0b110;
+        self.config.write_all_at(&command.to_le_bytes(), 4)
+    }
+
+    /// A sysfs attribute.
+    pub fn attribute(&self, name: &str) -> String {
+        text(self.path.join(name))
+    }
+
+    /// Resets the function (FLR, the first method that the kernel finds).
+    pub fn reset(&self) -> io::Result<()> {
+        fs::write(self.path.join("reset"), "1")?;
+        self.enable()
+    }
+
+    /// Reads a register.
+    pub fn read(&self, base: u32, reg: Reg) -> u64 {
+        let at = (base + reg.offset) as usize;
+        match reg.width {
+            Width::W4 => u64::from(self.registers.read32(at)),
+            Width::W8 => self.registers.read64(at),
+        }
+    }
+
+    /// Reads a 4-byte register.
+    pub fn read32(&self, base: u32, reg: Reg) -> u32 {
+        self.registers.read32((base + reg.offset) as usize)
+    }
+
+    /// Writes a register.
+    pub fn write(&self, base: u32, reg: Reg, value: u64) {
+        let at = (base + reg.offset) as usize;
+        match reg.width {
+            Width::W4 => self
+                .registers
+                .write32(at, u32::try_from(value & 0xffff_ffff).unwrap_or(0)),
+            Width::W8 => self.registers.write64(at, value),
+        }
+    }
+
+    /// Rings a queue's doorbell.
+    pub fn ring(&self, queue: u32, write_pointer: u64) {
+        let at = u64::from(queue) * pci::DOORBELL_STRIDE;
+        self.doorbells
+            .write64(usize::try_from(at).unwrap_or(0), write_pointer);
+    }
+
+    /// Boots the device.
+    pub fn boot(&self) -> Outcome {
+        use regs::{boot, identity};
+        let magic = self.read32(identity::BASE, identity::MAGIC);
+        if magic != regs::MAGIC {
+            return Err(format!("magic {magic:#x} instead of {:#x}", regs::MAGIC));
+        }
+        let state = || BootState::from_code(self.read32(boot::BASE, boot::STATUS));
+        if state() != Some(BootState::Reset) {
+            return Err(format!("boot state {:?} before START", state()));
+        }
+        self.write(boot::BASE, boot::CONTROL, u64::from(regs::BOOT_START));
+        wait("boot", || match state() {
+            Some(BootState::Ready) => Some(Ok(())),
+            Some(BootState::Fault) => Some(Err(format!(
+                "boot fault {}",
+                self.read32(boot::BASE, boot::FAULT)
+            ))),
+            _ => None,
+        })?
+    }
+
+    /// Base of a partition's registers.
+    fn partition(index: u32) -> u32 {
+        regs::partition::BASE + index * regs::partition::STRIDE
+    }
+
+    /// HBM of a partition.
+    pub fn hbm(&self, index: u32) -> Range {
+        let base = Device::partition(index);
+        Range {
+            base: self.read(base, regs::partition::HBM_BASE),
+            size: self.read(base, regs::partition::HBM_SIZE),
+        }
+    }
+
+    /// Proximity domain and coherence of a partition.
+    pub fn placement(&self, index: u32) -> (u32, String) {
+        let base = Device::partition(index);
+        let code = self.read32(base, regs::partition::COHERENCE);
+        let name = Coherence::from_code(code)
+            .map_or_else(|| format!("code {code}"), |c| c.name().to_owned());
+        (self.read32(base, regs::partition::PXM), name)
+    }
+
+    /// Sends an ownership command and gives its result.
+    pub fn command(&self, index: u32, command: OwnerCommand, token: u64) -> Outcome<OwnerResult> {
+        let base = Device::partition(index);
+        self.write(base, regs::partition::TOKEN, token);
+        self.write(base, regs::partition::COMMAND, u64::from(command.code()));
+        let code = self.read32(base, regs::partition::RESULT);
+        OwnerResult::from_code(code).ok_or_else(|| format!("ownership result {code}"))
+    }
+
+    /// Sends an ownership command that has to give `expected`.
+    pub fn expect(
+        &self,
+        index: u32,
+        command: OwnerCommand,
+        token: u64,
+        expected: OwnerResult,
+    ) -> Outcome {
+        let result = self.command(index, command, token)?;
+        if result == expected {
+            return Ok(());
+        }
+        Err(format!(
+            "{} of partition {index}: {} instead of {}",
+            command.name(),
+            result.name(),
+            expected.name()
+        ))
+    }
+
+    /// Waits until a partition is free.
+    pub fn wait_free(&self, index: u32) -> Outcome {
+        let base = Device::partition(index);
+        wait("partition to become free", || {
+            (self.read32(base, regs::partition::STATE) == OwnerState::Free.code()).then_some(())
+        })
+    }
+
+    /// Routes an MSI-X vector to a physical address: the message is then a 4-byte store of `data` there. User space
+    /// without an IOMMU cannot give the processor an interrupt, but it can see the very message arrive.
+    pub fn route_vector(&self, vector: u16, address: u64, data: u32) -> Outcome {
+        let (capability, mut control) = self.msix_capability().ok_or("no MSI-X capability")?;
+        let mut set = |bits: u16, clear: u16| {
+            control = control & !clear | bits;
+            self.config
+                .write_all_at(&control.to_le_bytes(), capability + 2)
+                .map_err(|error| error.to_string())
+        };
+        // Enabled with all vectors masked, as PCI Local Bus 3.0, section 6.8.3.5 wants it while the table changes.
+        set(1 << 15 | 1 << 14, 0)?;
+        let entry = usize::from(vector) * 16;
+        self.msix
+            .write32(entry, u32::try_from(address & 0xffff_ffff).unwrap_or(0));
+        self.msix
+            .write32(entry + 4, u32::try_from(address >> 32).unwrap_or(0));
+        self.msix.write32(entry + 8, data);
+        self.msix.write32(entry + 12, 0);
+        set(0, 1 << 14)
+    }
+
+    /// Offset and message control of the MSI-X capability.
+    fn msix_capability(&self) -> Option<(u64, u16)> {
+        let read = |at: u64| {
+            let mut byte = [0];
+            self.config.read_exact_at(&mut byte, at).ok()?;
+            Some(byte[0])
+        };
+        let mut at = u64::from(read(0x34)?);
+        for _ in 0..48 {
+            if at < 0x40 {
+                return None;
+            }
+            if read(at)? == 0x11 {
+                return Some((at, u16::from_le_bytes([read(at + 2)?, read(at + 3)?])));
+            }
+            at = u64::from(read(at + 1)?);
+        }
+        None
+    }
+}
+
+/// Where the ring and the fences of a queue are in the DMA buffer.
+#[derive(Clone, Copy)]
+pub struct Slots {
+    /// Ring.
+    pub ring: usize,
+    /// Bytes of the ring.
+    pub ring_size: u32,
+    /// Fences, 4 bytes each.
+    pub fences: usize,
+    /// Read pointer write-back.
+    pub rptr: usize,
+}
+
+/// A copy queue in use.
+pub struct Queue<'a> {
+    device: &'a Device,
+    buffer: &'a Mapping,
+    physical: u64,
+    index: u32,
+    slots: Slots,
+    write_pointer: u64,
+    packets: u64,
+}
+
+impl<'a> Queue<'a> {
+    /// Enables a queue that acts for `token`.
+    pub fn enable(
+        device: &'a Device,
+        (buffer, physical): (&'a Mapping, u64),
+        index: u32,
+        slots: Slots,
+        token: u64,
+    ) -> Queue<'a> {
+        use regs::queue as q;
+        let queue = Queue {
+            device,
+            buffer,
+            physical,
+            index,
+            slots,
+            write_pointer: 0,
+            packets: 0,
+        };
+        queue.write(q::CONTROL, u64::from(regs::QUEUE_RESET));
+        queue.write(q::RING_BASE, physical + slots.ring as u64);
+        queue.write(q::RING_SIZE, u64::from(slots.ring_size));
+        queue.write(q::RPTR_WRITEBACK, physical + slots.rptr as u64);
+        queue.write(q::TOKEN, token);
+        queue.write(q::CONTROL, u64::from(regs::QUEUE_ENABLE));
+        queue
+    }
+
+    fn base(&self) -> u32 {
+        regs::queue::BASE + self.index * regs::queue::STRIDE
+    }
+
+    fn write(&self, reg: Reg, value: u64) {
+        self.device.write(self.base(), reg, value);
+    }
+
+    /// Reads a register of the queue.
+    pub fn read(&self, reg: Reg) -> u64 {
+        self.device.read(self.base(), reg)
+    }
+
+    /// Its state.
+    pub fn state(&self) -> Option<QueueState> {
+        QueueState::from_code(self.device.read32(self.base(), regs::queue::STATUS))
+    }
+
+    /// Its fault, for people.
+    pub fn fault(&self) -> String {
+        let code = self.device.read32(self.base(), regs::queue::FAULT_CODE);
+        let name = QueueFault::from_code(code).map_or("unknown", QueueFault::name);
+        format!(
+            "{name} at {:#x}, packet {}",
+            self.read(regs::queue::FAULT_ADDR),
+            self.read(regs::queue::FAULT_PACKET)
+        )
+    }
+
+    /// Puts packets into the ring.
+    pub fn push(&mut self, packet: &[u32]) {
+        for word in packet {
+            let at = self.write_pointer % u64::from(self.slots.ring_size);
+            self.buffer
+                .write32(self.slots.ring + usize::try_from(at).unwrap_or(0), *word);
+            self.write_pointer += 4;
+        }
+        self.packets += 1;
+    }
+
+    /// Puts a copy of any length into the ring.
+    pub fn push_copy(&mut self, source: u64, destination: u64, len: u64) {
+        let mut done = 0;
+        while done < len {
+            let bytes = (len - done).min(sdma::MAX_COPY);
+            self.push(&sdma::copy_linear(source + done, destination + done, bytes));
+            done += bytes;
+        }
+    }
+
+    /// Puts a fence into the ring: slot `fence` becomes `value`.
+    pub fn push_fence(&mut self, fence: usize, value: u32) {
+        self.buffer.write32(self.slots.fences + fence * 4, 0);
+        self.push(&sdma::fence(
+            self.physical + (self.slots.fences + fence * 4) as u64,
+            value,
+        ));
+    }
+
+    /// Rings the doorbell.
+    pub fn go(&self) {
+        self.device.ring(self.index, self.write_pointer);
+    }
+
+    /// Waits for a fence.
+    pub fn wait_fence(&self, fence: usize, value: u32) -> Outcome {
+        wait("fence", || {
+            if self.buffer.read32(self.slots.fences + fence * 4) == value {
+                return Some(Ok(()));
+            }
+            (self.state() == Some(QueueState::Fault)).then(|| Err(self.fault()))
+        })?
+    }
+
+    /// Checks that the queue has consumed all it was given, and said so everywhere.
+    pub fn check_drained(&self) -> Outcome {
+        let written_back = || self.buffer.read64(self.slots.rptr);
+        wait("read pointer write-back", || {
+            (written_back() == self.write_pointer).then_some(())
+        })?;
+        let (read, packets) = (
+            self.read(regs::queue::RPTR),
+            self.read(regs::queue::PACKETS),
+        );
+        if read != self.write_pointer || packets != self.packets {
+            return Err(format!(
+                "RPTR {read:#x} and {packets} packets instead of {:#x} and {}",
+                self.write_pointer, self.packets
+            ));
+        }
+        Ok(())
+    }
+
+    /// Stops the queue and forgets what it was doing.
+    pub fn reset(&self) {
+        self.write(regs::queue::CONTROL, u64::from(regs::QUEUE_RESET));
+    }
+}
