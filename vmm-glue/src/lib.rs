@@ -1,1 +1,3 @@
 //! Touches the host.
+
+pub mod assets;
