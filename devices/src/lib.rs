@@ -1,7 +1,51 @@
-//! The GPU of numagpu, behind the seam of [`bus`].
+//! The GPU of numagpu: a PCI function whose HBM is coherent memory of the guest.
+//!
+//! A transport serves [`gpu::Gpu`] through the seam of [`bus`]; the GPU knows no transport. Whoever models a
+//! GPU of their own takes the same parts.
+//!
+//! | part | what it does |
+//! |---|---|
+//! | [`bus`] | the seam: PCI function, guest memory, interrupts, HBM memory |
+//! | [`config`], [`gpu`] | what a GPU is made of, and the function itself |
+//! | [`config_space`], [`registers`] | checked tables for configuration space and BARs; any access becomes whole registers |
+//! | [`boot`], [`clock`], [`irq`] | handshake, time, interrupt causes |
+//! | [`ownership`], [`partition`], [`coherence`], [`scrub`] | who owns HBM, who may touch it now, whether the VMM really maps it |
+//! | [`queue`], [`packet`], [`engine`] | rings, doorbells and workers; decoding; moving bytes |
+//! | [`fabric`] | peers of a hive and the links to them |
+//! | [`memory`] | HBM in the memory of this process |
+//!
+//! Rules that hold everywhere: nothing that a guest or a client sends makes the crate panic; register accesses
+//! wait for no copy; engines touch only what the queue's token owns at that moment; after a reset or a detach no
+//! worker touches memory.
+//!
+//! Not implemented yet: the packets ATOMIC, POLL and TIMESTAMP; modelled and paced timing; fault injection
+//! other than boot faults and links that go down; HBM apertures and resizable BARs.
 
 #![forbid(unsafe_code)]
 
 pub use numagpu_spec as spec;
 
+pub mod boot;
 pub mod bus;
+pub mod clock;
+pub mod coherence;
+pub mod config;
+pub mod config_space;
+pub mod engine;
+pub mod fabric;
+pub mod gpu;
+pub mod irq;
+pub mod limit;
+pub mod memory;
+pub mod ownership;
+pub mod packet;
+pub mod partition;
+pub mod queue;
+pub mod registers;
+pub mod scrub;
+#[cfg(any(test, feature = "test-support"))]
+pub mod test_support;
+
+pub use config::{GpuConfig, GpuError, LinkConfig, PartitionConfig, PciIds};
+pub use fabric::Fabric;
+pub use gpu::{Gpu, GpuStatus};

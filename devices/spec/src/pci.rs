@@ -34,4 +34,59 @@ pub const VECTOR_QUEUE0: u16 = 1;
 /// Number of MSI-X vectors: one for events and one for each of [`crate::regs::MAX_QUEUES`] queues.
 pub const VECTOR_COUNT: u16 = 9;
 
+/// Blocks of [`BAR_DOORBELLS`]: one 64-bit doorbell for each queue.
+pub mod doorbell {
+    use crate::table::Width::W8;
+    use crate::table::{Block, Reg};
+    /// Write pointer of a queue in bytes, not wrapped; reads as zero. A write that touches the low half rings;
+    /// a driver that can store 32 bits only writes the high half first.
+    pub const WPTR: Reg = Reg::rw(
+        "WPTR",
+        0,
+        W8,
+        "write pointer in bytes; writing the low half rings",
+    )
+    .effect()
+    .hidden();
+    /// The block.
+    pub const BLOCK: Block = Block {
+        name: "DOORBELL",
+        base: 0,
+        #[allow(clippy::cast_possible_truncation, reason = "8 bytes")]
+        stride: super::DOORBELL_STRIDE as u32,
+        count: crate::regs::MAX_QUEUES,
+        regs: &[WPTR],
+        doc: "doorbells of the copy queues",
+    };
+}
+
+/// Blocks of [`BAR_MSIX`] (PCI Local Bus 3.0 section 6.8.2).
+pub mod msix {
+    use crate::table::Width::{W4, W8};
+    use crate::table::{Block, Reg};
+    /// Message address.
+    pub const ADDRESS: Reg = Reg::rw("ADDRESS", 0x00, W8, "message address").writable(!3);
+    /// Message data.
+    pub const DATA: Reg = Reg::rw("DATA", 0x08, W4, "message data");
+    /// Bit 0 masks the vector.
+    pub const CONTROL: Reg = Reg::rw("CONTROL", 0x0c, W4, "bit 0: masked")
+        .writable(1)
+        .reset(1);
+    /// The table.
+    pub const BLOCK: Block = Block {
+        name: "MSIX",
+        base: super::MSIX_TABLE_OFFSET,
+        stride: 0x10,
+        count: super::VECTOR_COUNT as u32,
+        regs: &[ADDRESS, DATA, CONTROL],
+        doc: "MSI-X table, kept for VMMs that do not emulate it",
+    };
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "one and two pages")]
+const _: () = {
+    crate::table::check(&[doorbell::BLOCK], BAR_DOORBELLS_SIZE as u32);
+    crate::table::check(&[msix::BLOCK], BAR_MSIX_SIZE as u32);
+};
+
 const _: () = assert!(VECTOR_COUNT as u32 == VECTOR_QUEUE0 as u32 + crate::regs::MAX_QUEUES);

@@ -282,8 +282,15 @@ pub mod partition {
     );
     /// Grows by one whenever the partition is claimed or becomes free.
     pub const GENERATION: Reg = Reg::ro("GENERATION", 0x1c, W4, "counts changes of owner");
-    /// Token of the driver that commands; reads as zero, so that no token leaks.
-    pub const TOKEN: Reg = Reg::rw("TOKEN", 0x20, W8, "token of the commanding driver; reads 0");
+    /// Token of the driver that commands; reads as zero, so that no token leaks. Each command clears it and
+    /// `NEW_TOKEN`, so that nobody commands with what another driver left there: write it before each command.
+    pub const TOKEN: Reg = Reg::rw(
+        "TOKEN",
+        0x20,
+        W8,
+        "token of the commanding driver; reads 0, cleared by each command",
+    )
+    .hidden();
     /// One of [`super::OwnerCommand`]; executed when written.
     pub const COMMAND: Reg = Reg::rw(
         "COMMAND",
@@ -291,7 +298,8 @@ pub mod partition {
         W4,
         "1 CLAIM, 2 RELEASE, 3 TRANSFER; reads 0",
     )
-    .effect();
+    .effect()
+    .hidden();
     /// One of [`super::OwnerResult`], of the last command.
     pub const RESULT: Reg = Reg::ro("RESULT", 0x2c, W4, "result of the last command");
     /// Token of the driver that TRANSFER makes the owner; reads as zero.
@@ -300,7 +308,8 @@ pub mod partition {
         0x30,
         W8,
         "token of the next owner, for TRANSFER; reads 0",
-    );
+    )
+    .hidden();
     /// The block.
     pub const BLOCK: Block = Block {
         name: "PARTITION",
@@ -337,12 +346,13 @@ pub mod queue {
         W4,
         "bytes of the ring, a power of two from 256 to 16 MiB",
     );
-    /// Bit 0 enables; bit 1 resets the queue and reads as zero.
+    /// Bit 0 enables, ignored unless `BOOT.STATUS` is READY; clearing it disables. Bit 1 resets the queue and
+    /// reads as zero. After either stop the queue touches no memory.
     pub const CONTROL: Reg = Reg::rw("CONTROL", 0x0c, W4, "bit 0: enable; bit 1: reset, reads 0")
         .writable(3)
         .effect();
     /// Token of the driver whose partitions the queue may touch; reads as zero.
-    pub const TOKEN: Reg = Reg::rw("TOKEN", 0x10, W8, "token the queue acts for; reads 0");
+    pub const TOKEN: Reg = Reg::rw("TOKEN", 0x10, W8, "token the queue acts for; reads 0").hidden();
     /// Address to which the read pointer is written; a multiple of 8, 0 = nowhere.
     pub const RPTR_WRITEBACK: Reg = Reg::rw(
         "RPTR_WRITEBACK",

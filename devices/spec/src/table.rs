@@ -44,6 +44,8 @@ pub struct Reg {
     pub w1c: u64,
     /// Whether a write makes the device act.
     pub effect: bool,
+    /// Whether it reads as zero whatever it holds, as secrets and commands do.
+    pub hidden: bool,
     /// What it is, in one line, for documents.
     pub doc: &'static str,
 }
@@ -59,6 +61,7 @@ impl Reg {
             writable: 0,
             w1c: 0,
             effect: false,
+            hidden: false,
             doc,
         }
     }
@@ -93,6 +96,14 @@ impl Reg {
     pub const fn effect(self) -> Reg {
         Reg {
             effect: true,
+            ..self
+        }
+    }
+
+    /// The same register, reading as zero.
+    pub const fn hidden(self) -> Reg {
+        Reg {
+            hidden: true,
             ..self
         }
     }

@@ -1,0 +1,247 @@
+//! PCI configuration space: a checked table of fields with writable masks.
+//!
+//! | offset | what |
+//! |---|---|
+//! | 0x00 | type 0 header |
+//! | 0x40 | MSI-X capability, first in the list: clients walk the list at each access until they find it |
+//! | 0x50 | PCI Express capability version 2, with function-level reset |
+//! | 0x90 | power management capability, D0 and D3hot, state kept over D3hot |
+//! | 0x100 | no extended capabilities |
+//!
+//! Sources: PCI Local Bus 3.0 chapter 6, PCI Express Base 6.0 section 7.5, PCI Power Management 1.2.
+
+use numagpu_spec::pci;
+
+use crate::bus::Bar;
+use crate::config::PciIds;
+
+/// Bytes of configuration space.
+pub const CONFIG_SIZE: usize = 4096;
+/// Offset of the MSI-X capability.
+pub const CAP_MSIX: u16 = 0x40;
+/// Offset of the PCI Express capability.
+pub const CAP_PCIE: u16 = 0x50;
+/// Offset of the power management capability.
+pub const CAP_PM: u16 = 0x90;
+
+const COMMAND: u16 = 0x04;
+const COMMAND_BUS_MASTER: u8 = 1 << 2;
+/// Memory space, bus master, parity error response, SERR# enable, INTx disable.
+const COMMAND_WRITABLE: u32 = 0x0546;
+const STATUS_CAP_LIST: u32 = 1 << 4;
+const BAR0: u16 = 0x10;
+const BAR_64BIT: u32 = 0b100;
+const BAR_PREFETCHABLE: u32 = 0b1000;
+const DEVICE_CONTROL: u16 = CAP_PCIE + 0x08;
+/// Bit 15 of device control, in its upper byte.
+const INITIATE_FLR: u8 = 1 << 7;
+const PM_CONTROL: u16 = CAP_PM + 0x04;
+const PM_STATE: u8 = 0b11;
+const PM_D0: u8 = 0b00;
+const PM_D3HOT: u8 = 0b11;
+
+/// A field: offset, bytes, value after reset, bits that a write replaces.
+#[derive(Clone, Copy, Debug)]
+struct Field {
+    offset: u16,
+    bytes: u8,
+    reset: u32,
+    writable: u32,
+}
+
+const fn ro(offset: u16, bytes: u8, reset: u32) -> Field {
+    rw(offset, bytes, reset, 0)
+}
+
+const fn rw(offset: u16, bytes: u8, reset: u32, writable: u32) -> Field {
+    Field {
+        offset,
+        bytes,
+        reset,
+        writable,
+    }
+}
+
+/// Fields that are the same in every GPU, ascending.
+const FIELDS: &[Field] = &[
+    rw(COMMAND, 2, 0, COMMAND_WRITABLE),
+    ro(0x06, 2, STATUS_CAP_LIST),
+    rw(0x0c, 1, 0, 0xff),         // cache line size: no effect, but writable
+    ro(0x34, 1, CAP_MSIX as u32), // first capability
+    rw(0x3c, 1, 0, 0xff),         // interrupt line: for software
+    ro(0x3d, 1, 0),               // interrupt pin: no INTx
+    // MSI-X: message control has function mask and enable.
+    ro(CAP_MSIX, 2, 0x11 | (CAP_PCIE as u32) << 8),
+    rw(CAP_MSIX + 0x02, 2, pci::VECTOR_COUNT as u32 - 1, 0xc000),
+    ro(
+        CAP_MSIX + 0x04,
+        4,
+        pci::MSIX_TABLE_OFFSET | pci::BAR_MSIX as u32,
+    ),
+    ro(
+        CAP_MSIX + 0x08,
+        4,
+        pci::MSIX_PBA_OFFSET | pci::BAR_MSIX as u32,
+    ),
+    // PCI Express: endpoint, version 2.
+    ro(CAP_PCIE, 2, 0x10 | (CAP_PM as u32) << 8),
+    ro(CAP_PCIE + 0x02, 2, 0x0002),
+    ro(CAP_PCIE + 0x04, 4, 1 << 28 | 1 << 15), // FLR, role-based error reporting
+    rw(DEVICE_CONTROL, 2, 0x2810, 0x78ff),
+    ro(CAP_PCIE + 0x0a, 2, 0),
+    ro(CAP_PCIE + 0x0c, 4, 1 << 22 | 16 << 4 | 4), // x16 at 16 GT/s
+    rw(CAP_PCIE + 0x10, 2, 0, 0x00c0),
+    ro(CAP_PCIE + 0x12, 2, 16 << 4 | 4),
+    ro(CAP_PCIE + 0x24, 4, 0),
+    ro(CAP_PCIE + 0x2c, 4, 0x1e), // 2.5 to 16 GT/s
+    rw(CAP_PCIE + 0x30, 2, 4, 0x000f),
+    // Power management 1.2, no D1, D2 or PME#.
+    ro(CAP_PM, 2, 0x01),
+    ro(CAP_PM + 0x02, 2, 0x0003),
+    rw(PM_CONTROL, 2, 1 << 3, PM_STATE as u32), // NoSoftRst
+];
+
+/// Stops compilation where the table is not well formed.
+#[allow(clippy::indexing_slicing, reason = "runs at compile time")]
+const _: () = {
+    let mut end = 0;
+    let mut i = 0;
+    while i < FIELDS.len() {
+        let field = FIELDS[i];
+        assert!(field.offset >= end, "fields are ascending and disjoint");
+        assert!(field.bytes == 1 || field.bytes == 2 || field.bytes == 4);
+        assert!(field.offset.is_multiple_of(field.bytes as u16), "aligned");
+        if field.bytes < 4 {
+            let outside = !((1 << (8 * field.bytes as u32)) - 1);
+            assert!((field.reset | field.writable) & outside == 0);
+        }
+        end = field.offset + field.bytes as u16;
+        i += 1;
+    }
+};
+
+/// What a write to configuration space asks the function to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConfigEffects {
+    /// The driver started a function-level reset.
+    pub function_reset: bool,
+}
+
+/// Configuration space of one function.
+#[derive(Clone, Debug)]
+pub struct ConfigSpace {
+    // Static configuration.
+    reset: Box<[u8; CONFIG_SIZE]>,
+    writable: Box<[u8; CONFIG_SIZE]>,
+    // Volatile state.
+    values: Box<[u8; CONFIG_SIZE]>,
+}
+
+impl ConfigSpace {
+    /// Configuration space after power-on.
+    pub fn new(ids: &PciIds, bars: &[Bar]) -> ConfigSpace {
+        let mut space = ConfigSpace {
+            reset: Box::new([0; CONFIG_SIZE]),
+            writable: Box::new([0; CONFIG_SIZE]),
+            values: Box::new([0; CONFIG_SIZE]),
+        };
+        let identity = [
+            ro(0x00, 2, ids.vendor.into()),
+            ro(0x02, 2, ids.device.into()),
+            ro(0x08, 4, ids.class << 8 | u32::from(ids.revision)),
+            ro(0x2c, 2, ids.subsystem_vendor.into()),
+            ro(0x2e, 2, ids.subsystem.into()),
+        ];
+        for field in FIELDS.iter().chain(&identity) {
+            space.define(field);
+        }
+        for bar in bars {
+            let offset = BAR0 + 4 * u16::from(bar.index);
+            let kind = if bar.is_64bit { BAR_64BIT } else { 0 }
+                | if bar.prefetchable {
+                    BAR_PREFETCHABLE
+                } else {
+                    0
+                };
+            // Only address bits from the size up can be written: what remains zero tells the size.
+            let mask = !bar.size.saturating_sub(1);
+            space.define(&rw(offset, 4, kind, low(mask) & !0xf));
+            if bar.is_64bit {
+                space.define(&rw(offset + 4, 4, 0, low(mask >> 32)));
+            }
+        }
+        space.values.copy_from_slice(space.reset.as_slice());
+        space
+    }
+
+    /// Reads from `offset`; what is beyond the space is zero.
+    pub fn read(&self, offset: u32, data: &mut [u8]) {
+        data.fill(0);
+        let source = self.values.iter().skip(offset as usize);
+        for (to, from) in data.iter_mut().zip(source) {
+            *to = *from;
+        }
+    }
+
+    /// Writes at `offset`, as far as bits are writable.
+    pub fn write(&mut self, offset: u32, data: &[u8]) -> ConfigEffects {
+        let pm_before = self.byte(PM_CONTROL) & PM_STATE;
+        let mut effects = ConfigEffects::default();
+        let places = self.values.iter_mut().zip(self.writable.iter()).enumerate();
+        for ((index, (value, mask)), new) in places.skip(offset as usize).zip(data) {
+            *value = (*value & !mask) | (new & mask);
+            if index == usize::from(DEVICE_CONTROL) + 1 && new & INITIATE_FLR != 0 {
+                effects.function_reset = true;
+            }
+        }
+        // A write of a state that the function does not have is dropped (PM 1.2 section 3.2.4).
+        if !matches!(self.byte(PM_CONTROL) & PM_STATE, PM_D0 | PM_D3HOT)
+            && let Some(control) = self.values.get_mut(usize::from(PM_CONTROL))
+        {
+            *control = (*control & !PM_STATE) | pm_before;
+        }
+        effects
+    }
+
+    /// Whether the function may do DMA: bus master on, and not in D3hot.
+    pub fn dma_allowed(&self) -> bool {
+        self.byte(COMMAND) & COMMAND_BUS_MASTER != 0 && self.byte(PM_CONTROL) & PM_STATE == PM_D0
+    }
+
+    /// Back to power-on.
+    pub fn reset(&mut self) {
+        let ConfigSpace {
+            reset,
+            writable: _,
+            values,
+        } = self;
+        values.copy_from_slice(reset.as_slice());
+    }
+
+    fn byte(&self, offset: u16) -> u8 {
+        self.values.get(usize::from(offset)).copied().unwrap_or(0)
+    }
+
+    fn define(&mut self, field: &Field) {
+        let bytes = field.reset.to_le_bytes().into_iter();
+        let masks = field.writable.to_le_bytes();
+        let places = self.reset.iter_mut().zip(self.writable.iter_mut());
+        for ((reset, writable), (byte, mask)) in places
+            .skip(usize::from(field.offset))
+            .take(usize::from(field.bytes))
+            .zip(bytes.zip(masks))
+        {
+            *reset = byte;
+            *writable = mask;
+        }
+    }
+}
+
+/// Low half of a 64-bit mask.
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the low half is what is asked for"
+)]
+const fn low(mask: u64) -> u32 {
+    mask as u32
+}

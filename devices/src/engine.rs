@@ -1,0 +1,423 @@
+//! The copy engine: moves bytes between guest memory, own HBM and peers' HBM for one queue.
+//!
+//! Work goes in chunks of at most [`CHUNK`] bytes. For each chunk the engine finds out anew whose the addresses
+//! are and whether it may touch them, and looks whether it has to stop; so a reset waits for one chunk at most,
+//! and what a driver loses it loses between two chunks. A fault in the middle of a packet leaves what the
+//! chunks before it did.
+//!
+//! Two ranges of guest memory are copied through a buffer: a call into the [`DmaPort`] inside another one could
+//! wait for ever behind a change of the map.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+
+use numagpu_spec::regs::QueueFault;
+use vm_memory::{Bytes, VolatileSlice};
+
+use crate::bus::{DmaAccess, DmaError, DmaPort};
+use crate::fabric::{Fabric, Place};
+use crate::partition::{Entry, Partition};
+
+/// Most bytes moved between two looks at whether to stop: some 50 us of work.
+pub const CHUNK: u64 = 256 << 10;
+/// Most bytes moved through the buffer at once: stays in a core's second-level cache.
+const BOUNCE: usize = 64 << 10;
+
+/// Why a queue stops, with the address that it is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Code for the driver.
+    pub code: QueueFault,
+    /// Address.
+    pub address: u64,
+}
+
+/// Why an operation did not finish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// It cannot be done.
+    Fault(Fault),
+    /// The queue was reset, disabled or detached.
+    Halted,
+}
+
+impl From<Fault> for Stop {
+    fn from(fault: Fault) -> Stop {
+        Stop::Fault(fault)
+    }
+}
+
+/// Tells a worker to stop: true as long as the queue's epoch is the one it began with.
+#[derive(Clone, Copy, Debug)]
+pub struct Leave<'q> {
+    /// Epoch now.
+    pub epoch: &'q AtomicU64,
+    /// Epoch of the work.
+    pub mine: u64,
+}
+
+impl Leave<'_> {
+    /// # Errors
+    /// [`Stop::Halted`] if the epoch passed.
+    pub fn check(&self) -> Result<(), Stop> {
+        if self.epoch.load(Ordering::SeqCst) == self.mine {
+            Ok(())
+        } else {
+            Err(Stop::Halted)
+        }
+    }
+}
+
+/// What the queue of one driver can reach.
+#[derive(Clone)]
+pub struct Reach {
+    /// Where the GPU is.
+    pub place: Place,
+    /// Whose partitions the queue may touch.
+    pub token: u64,
+    /// Own HBM and that of peers.
+    pub fabric: Arc<Fabric>,
+    /// Guest memory, while a VMM is there.
+    pub dma: Option<Arc<dyn DmaPort>>,
+    /// Bus master on and function in D0.
+    pub dma_allowed: Arc<AtomicBool>,
+}
+
+/// Whose a range is.
+enum Owner {
+    Hbm(Arc<Partition>, u64),
+    Ram(Arc<dyn DmaPort>),
+}
+
+/// A range that lies in one place.
+struct Span {
+    owner: Owner,
+    address: u64,
+    len: u64,
+}
+
+fn fault(code: QueueFault, address: u64) -> Fault {
+    Fault { code, address }
+}
+
+fn dma_fault(error: DmaError, address: u64) -> Fault {
+    let address = match error {
+        DmaError::Unmapped { address, .. } | DmaError::ReadOnly { address } => address,
+        DmaError::Disconnected => address,
+    };
+    fault(QueueFault::Unmapped, address)
+}
+
+impl Span {
+    /// Passes the gate of the partition, if it is one.
+    fn enter(&self, token: u64) -> Result<Option<Entry<'_>>, Fault> {
+        match &self.owner {
+            Owner::Ram(_) => Ok(None),
+            Owner::Hbm(partition, _) => match partition.enter(token) {
+                Ok(entry) => Ok(Some(entry)),
+                Err(code) => Err(fault(code, self.address)),
+            },
+        }
+    }
+
+    /// Calls `f` with each piece of the first `len` bytes and its distance from the start. The caller is inside
+    /// the gate.
+    fn pieces(
+        &self,
+        len: u64,
+        access: DmaAccess,
+        f: &mut dyn FnMut(usize, VolatileSlice<'_>),
+    ) -> Result<(), Fault> {
+        match &self.owner {
+            Owner::Hbm(partition, offset) => {
+                let slice = partition.store().slice(*offset, len);
+                f(0, slice.map_err(|_| self.unmapped())?);
+                Ok(())
+            }
+            Owner::Ram(dma) => {
+                let mut at = 0;
+                dma.access(self.address, len, access, &mut |piece| {
+                    let count = piece.len();
+                    f(at, piece);
+                    at += count;
+                })
+                .map_err(|error| dma_fault(error, self.address))
+            }
+        }
+    }
+
+    fn unmapped(&self) -> Fault {
+        fault(QueueFault::Unmapped, self.address)
+    }
+}
+
+impl Reach {
+    /// The part of `address..address + len` that lies in one place, from `address` on; not empty.
+    fn span(&self, address: u64, len: u64) -> Result<Span, Fault> {
+        match self.fabric.find(address) {
+            Ok(window) => {
+                let partition = window.partition;
+                if window.place != self.place
+                    && self.fabric.hops(self.place, window.place).is_none()
+                {
+                    return Err(fault(QueueFault::LinkDown, address));
+                }
+                let offset = address.saturating_sub(partition.base());
+                let len = len.min(partition.size().saturating_sub(offset));
+                Ok(Span {
+                    owner: Owner::Hbm(partition, offset),
+                    address,
+                    len,
+                })
+            }
+            Err(next) => {
+                if !self.dma_allowed.load(Ordering::SeqCst) {
+                    return Err(fault(QueueFault::BusMasterOff, address));
+                }
+                let dma = self.dma.clone();
+                let dma = dma.ok_or_else(|| fault(QueueFault::Unmapped, address))?;
+                let room = next.map_or(u64::MAX, |next| next.saturating_sub(address));
+                Ok(Span {
+                    owner: Owner::Ram(dma),
+                    address,
+                    len: len.min(room),
+                })
+            }
+        }
+    }
+
+    /// Checks that the queue may touch all of a range, as far as that can be known without touching it.
+    fn check(&self, address: u64, len: u64) -> Result<(), Fault> {
+        let mut done = 0;
+        while done < len {
+            let span = self.span(address.saturating_add(done), len - done)?;
+            let _entry = span.enter(self.token)?;
+            done += span.len.max(1);
+        }
+        Ok(())
+    }
+
+    /// Reads `data.len()` bytes.
+    ///
+    /// # Errors
+    /// The fault, if not all of them can be read.
+    pub fn read(&self, address: u64, data: &mut [u8]) -> Result<(), Fault> {
+        let mut done = 0;
+        while done < data.len() {
+            let position = end(address, done as u64)?;
+            let span = self.span(position, (data.len() - done) as u64)?;
+            let _entry = span.enter(self.token)?;
+            let mut failed = false;
+            span.pieces(span.len, DmaAccess::Read, &mut |at, piece| {
+                let to = data.get_mut(done + at..);
+                let to = to.and_then(|to| to.get_mut(..piece.len()));
+                failed |= to.is_none_or(|to| piece.read_slice(to, 0).is_err());
+            })?;
+            if failed {
+                return Err(span.unmapped());
+            }
+            done += usize::try_from(span.len).unwrap_or(usize::MAX).max(1);
+        }
+        Ok(())
+    }
+
+    /// Stores a word with one atomic access, after everything that was written before is visible.
+    ///
+    /// # Errors
+    /// The fault; `address` must be a multiple of 4.
+    pub fn store32(&self, address: u64, value: u32) -> Result<(), Fault> {
+        self.store(address, 4, &|piece| {
+            piece.store(value.to_le(), 0, Ordering::Release).is_ok()
+        })
+    }
+
+    /// As [`Reach::store32`] with 8 bytes; `address` must be a multiple of 8.
+    ///
+    /// # Errors
+    /// The fault.
+    pub fn store64(&self, address: u64, value: u64) -> Result<(), Fault> {
+        self.store(address, 8, &|piece| {
+            piece.store(value.to_le(), 0, Ordering::Release).is_ok()
+        })
+    }
+
+    fn store(
+        &self,
+        address: u64,
+        len: u64,
+        f: &dyn Fn(&VolatileSlice<'_>) -> bool,
+    ) -> Result<(), Fault> {
+        end(address, len)?;
+        let span = self.span(address, len)?;
+        let _entry = span.enter(self.token)?;
+        // Bulk data may have gone past the cache: no store of ours may overtake it.
+        fence(Ordering::SeqCst);
+        let mut stored = false;
+        span.pieces(span.len, DmaAccess::Write, &mut |_, piece| {
+            stored = f(&piece);
+        })?;
+        if stored { Ok(()) } else { Err(span.unmapped()) }
+    }
+}
+
+/// `address + len`, which must not wrap.
+fn end(address: u64, len: u64) -> Result<u64, Fault> {
+    let wrapped = fault(QueueFault::BadField, address);
+    address.checked_add(len).ok_or(wrapped)
+}
+
+/// Working memory of one queue's worker.
+#[derive(Debug, Default)]
+pub struct Engine {
+    /// Allocated at the first copy from guest memory to guest memory.
+    bounce: Vec<u8>,
+}
+
+impl Engine {
+    /// Copies `len` bytes as if all were read before any is written.
+    ///
+    /// # Errors
+    /// [`Stop`]; the copy is then incomplete.
+    pub fn copy(
+        &mut self,
+        reach: &Reach,
+        leave: Leave<'_>,
+        source: u64,
+        destination: u64,
+        len: u64,
+    ) -> Result<(), Stop> {
+        let source_end = end(source, len)?;
+        end(destination, len)?;
+        if len > CHUNK {
+            reach.check(source, len)?;
+            reach.check(destination, len)?;
+        }
+        if source < destination && destination < source_end {
+            return self.copy_backward(reach, leave, source, destination, len);
+        }
+        let mut done = 0;
+        while done < len {
+            leave.check()?;
+            let most = CHUNK.min(len - done);
+            let from = reach.span(source + done, most)?;
+            let to = reach.span(destination + done, most)?;
+            done += self.chunk(reach.token, &from, &to, from.len.min(to.len))?;
+        }
+        Ok(())
+    }
+
+    /// The same from the last byte to the first, for a destination that begins inside the source.
+    fn copy_backward(
+        &mut self,
+        reach: &Reach,
+        leave: Leave<'_>,
+        source: u64,
+        destination: u64,
+        len: u64,
+    ) -> Result<(), Stop> {
+        let mut rest = len;
+        while rest > 0 {
+            leave.check()?;
+            let mut start = rest - rest.min(BOUNCE as u64);
+            loop {
+                let from = reach.span(source + start, rest - start)?;
+                let to = reach.span(destination + start, rest - start)?;
+                let len = from.len.min(to.len);
+                if start + len >= rest {
+                    self.chunk(reach.token, &from, &to, len)?;
+                    break;
+                }
+                // The piece ends at a border of HBM: the one behind the border comes first.
+                start += len.max(1);
+            }
+            rest = start;
+        }
+        Ok(())
+    }
+
+    /// Copies at most `len` bytes from one place to another; returns how many.
+    fn chunk(&mut self, token: u64, from: &Span, to: &Span, len: u64) -> Result<u64, Fault> {
+        let _from_entry = from.enter(token)?;
+        let _to_entry = to.enter(token)?;
+        match (&from.owner, &to.owner) {
+            (Owner::Ram(_), Owner::Ram(_)) => return self.bounce(from, to, len),
+            (Owner::Hbm(partition, offset), _) => {
+                let slice = partition.store().slice(*offset, len);
+                let slice = slice.map_err(|_| from.unmapped())?;
+                to.pieces(len, DmaAccess::Write, &mut |at, piece| {
+                    if let Ok(part) = slice.subslice(at, piece.len()) {
+                        part.copy_to_volatile_slice(piece);
+                    }
+                })?;
+            }
+            (_, Owner::Hbm(partition, offset)) => {
+                let slice = partition.store().slice(*offset, len);
+                let slice = slice.map_err(|_| to.unmapped())?;
+                from.pieces(len, DmaAccess::Read, &mut |at, piece| {
+                    if let Ok(part) = slice.subslice(at, piece.len()) {
+                        piece.copy_to_volatile_slice(part);
+                    }
+                })?;
+            }
+        }
+        Ok(len)
+    }
+
+    fn bounce(&mut self, from: &Span, to: &Span, len: u64) -> Result<u64, Fault> {
+        self.bounce.resize(BOUNCE, 0);
+        let len = len.min(BOUNCE as u64);
+        let bounce = &mut self.bounce;
+        from.pieces(len, DmaAccess::Read, &mut |at, piece| {
+            let buffer = bounce.get_mut(at..).unwrap_or_default();
+            // Fewer bytes than the piece has cannot be: the port gives `len` bytes in all.
+            let _count = piece.read(buffer, 0);
+        })?;
+        to.pieces(len, DmaAccess::Write, &mut |at, piece| {
+            let buffer = bounce.get(at..).unwrap_or_default();
+            let _count = piece.write(buffer, 0);
+        })?;
+        Ok(len)
+    }
+
+    /// Fills `len` bytes with a pattern that starts at `destination`.
+    ///
+    /// # Errors
+    /// [`Stop`]; the fill is then incomplete.
+    pub fn fill(
+        &mut self,
+        reach: &Reach,
+        leave: Leave<'_>,
+        destination: u64,
+        pattern: [u8; 4],
+        len: u64,
+    ) -> Result<(), Stop> {
+        end(destination, len)?;
+        if len > CHUNK {
+            reach.check(destination, len)?;
+        }
+        let mut block = [0; 4096];
+        for (to, from) in block.iter_mut().zip(pattern.iter().cycle()) {
+            *to = *from;
+        }
+        let mut done = 0;
+        while done < len {
+            leave.check()?;
+            let span = reach.span(destination + done, CHUNK.min(len - done))?;
+            let _entry = span.enter(reach.token)?;
+            span.pieces(span.len, DmaAccess::Write, &mut |at, piece| {
+                let mut filled = 0;
+                while filled < piece.len() {
+                    // A piece may begin anywhere in the pattern.
+                    let phase = (usize::try_from(done % 4).unwrap_or(0) + at + filled) % 4;
+                    let part = block.get(phase..).unwrap_or_default();
+                    match piece.write(part, filled) {
+                        Ok(count) if count > 0 => filled += count,
+                        _ => break,
+                    }
+                }
+            })?;
+            done += span.len.max(1);
+        }
+        Ok(())
+    }
+}

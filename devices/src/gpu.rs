@@ -1,0 +1,568 @@
+//! The GPU: a PCI function made of the parts of this crate.
+//!
+//! # Locks
+//!
+//! In the order in which they may nest: `lifecycle` > a queue's `control` > `attachment`; all others
+//! (`config_space`, `judging`, an ownership machine, the fabric, the interrupt sink, the scrubber's) are
+//! leaves as far as this crate goes. `lifecycle` is for attach, detach and reset, which wait for workers; no
+//! BAR access takes it. Register reads take no lock at all.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use numagpu_spec::regs::{
+    self, BOOT_START, BootState, Caps, LINK_PEER_CPU, QUEUE_ENABLE, QUEUE_RESET, boot, clock,
+    identity, irq, link, partition, queue, topology,
+};
+use numagpu_spec::{pci, table::Block};
+
+use crate::boot::Boot;
+use crate::bus::{Attachment, Bar, FunctionLayout, PciFunction, ResetKind};
+use crate::config::{GpuConfig, GpuError};
+use crate::config_space::{CONFIG_SIZE, ConfigSpace};
+use crate::engine::Reach;
+use crate::fabric::{Fabric, LinkEnd, Member, Place};
+use crate::irq::Irq;
+use crate::ownership::{Circumstances, Event};
+use crate::partition::{Partition, PartitionStatus};
+use crate::queue::{Queue, QueueStatus, Setup};
+use crate::registers::{RegisterAt, RegisterDevice, RegisterFile, RegisterMap, TableError};
+use crate::scrub::Scrubber;
+
+/// How long a reset waits for scrubs, so that small HBM is free when it returns. Longer scrubs go on behind it
+/// and show as RELEASING.
+const SCRUB_WAIT: Duration = Duration::from_millis(5);
+
+type Map = LazyLock<Result<RegisterMap, TableError>>;
+static REGISTERS: Map = LazyLock::new(|| RegisterMap::new(regs::BLOCKS, pci::BAR_REGISTERS_SIZE));
+static DOORBELLS: Map =
+    LazyLock::new(|| RegisterMap::new(&[pci::doorbell::BLOCK], pci::BAR_DOORBELLS_SIZE));
+static MSIX: Map = LazyLock::new(|| RegisterMap::new(&[pci::msix::BLOCK], pci::BAR_MSIX_SIZE));
+
+/// Snapshot of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkStatus {
+    /// Hive position of the peer; `None` is the CPU.
+    pub peer: Option<u32>,
+    /// Whether it carries traffic.
+    pub up: bool,
+    /// Errors since reset.
+    pub errors: u32,
+}
+
+/// Snapshot of a GPU.
+#[derive(Clone, Debug)]
+pub struct GpuStatus {
+    /// Index of the GPU in its machine.
+    pub index: u32,
+    /// Whether a VMM is connected.
+    pub attached: bool,
+    /// Boot handshake.
+    pub boot: BootState,
+    /// HBM partitions.
+    pub partitions: Vec<PartitionStatus>,
+    /// Copy queues.
+    pub queues: Vec<QueueStatus>,
+    /// Links.
+    pub links: Vec<LinkStatus>,
+    /// MSI-X messages sent since reset.
+    pub interrupts: u64,
+}
+
+/// A GPU.
+pub struct Gpu {
+    // Runtime glue.
+    fabric: Arc<Fabric>,
+    member: Arc<Member>,
+    attachment: Mutex<Option<Attachment>>,
+    irq: Arc<Irq>,
+    scrubber: Scrubber,
+    // Static configuration.
+    config: GpuConfig,
+    layout: FunctionLayout,
+    // Volatile state.
+    lifecycle: Mutex<()>,
+    judging: Mutex<()>,
+    config_space: Mutex<ConfigSpace>,
+    dma_allowed: Arc<AtomicBool>,
+    registers: Arc<RegisterFile<'static>>,
+    doorbells: RegisterFile<'static>,
+    msix: RegisterFile<'static>,
+    boot: Boot,
+    queues: Vec<Queue>,
+}
+
+fn map(map: &'static Map) -> Result<&'static RegisterMap, GpuError> {
+    map.as_ref().map_err(|error| GpuError::Table(*error))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Gpu {
+    /// A GPU after power-on that has joined `fabric`; it leaves when it is dropped.
+    ///
+    /// # Errors
+    /// [`GpuError`] if the configuration is out of range or clashes with another GPU of the fabric.
+    pub fn new(config: GpuConfig, fabric: Arc<Fabric>) -> Result<Arc<Gpu>, GpuError> {
+        config.check()?;
+        let bars = [
+            (pci::BAR_REGISTERS, pci::BAR_REGISTERS_SIZE),
+            (pci::BAR_DOORBELLS, pci::BAR_DOORBELLS_SIZE),
+            (pci::BAR_MSIX, pci::BAR_MSIX_SIZE),
+        ]
+        .map(|(index, size)| Bar {
+            index,
+            size,
+            is_64bit: true,
+            prefetchable: false,
+        });
+        let registers = Arc::new(RegisterFile::new(map(&REGISTERS)?));
+        let doorbells = RegisterFile::new(map(&DOORBELLS)?);
+        let msix = RegisterFile::new(map(&MSIX)?);
+        let node = if config.hive_id == 0 {
+            config.index
+        } else {
+            config.node_id
+        };
+        let partitions = config.partitions.iter();
+        let member = Arc::new(Member {
+            place: Place {
+                hive: config.hive_id,
+                node,
+            },
+            partitions: partitions
+                .map(|p| Arc::new(Partition::new(p.base, p.size, p.pxm, Arc::clone(&p.store))))
+                .collect(),
+            links: config.links.iter().map(|l| LinkEnd::new(l.peer)).collect(),
+        });
+        fabric.join(Arc::clone(&member))?;
+        let irq = Arc::new(Irq::new(Arc::clone(&registers)));
+        Ok(Arc::new(Gpu {
+            fabric,
+            member,
+            attachment: Mutex::new(None),
+            scrubber: Scrubber::new(Arc::clone(&irq), Arc::clone(&config.clock)),
+            layout: FunctionLayout {
+                bars: bars.to_vec(),
+                config_size: u32::try_from(CONFIG_SIZE).unwrap_or(4096),
+                msix_vectors: pci::VECTOR_COUNT,
+            },
+            lifecycle: Mutex::new(()),
+            judging: Mutex::new(()),
+            config_space: Mutex::new(ConfigSpace::new(&config.ids, &bars)),
+            dma_allowed: Arc::new(AtomicBool::new(false)),
+            registers,
+            doorbells,
+            msix,
+            boot: Boot::new(config.boot_delay, config.boot_fault),
+            queues: (0..config.queues)
+                .map(|index| Queue::new(index, Arc::clone(&irq)))
+                .collect(),
+            irq,
+            config,
+        }))
+    }
+
+    /// What the GPU was made of.
+    pub fn config(&self) -> &GpuConfig {
+        &self.config
+    }
+
+    /// The fabric it joined.
+    pub fn fabric(&self) -> &Arc<Fabric> {
+        &self.fabric
+    }
+
+    /// Snapshot for people and tests; the values may come from neighbouring moments.
+    pub fn status(&self) -> GpuStatus {
+        GpuStatus {
+            index: self.config.index,
+            attached: lock(&self.attachment).is_some(),
+            boot: self.boot.state(self.now()),
+            partitions: self.member.partitions.iter().map(|p| p.status()).collect(),
+            queues: self.queues.iter().map(Queue::status).collect(),
+            links: self.member.links.iter().map(link_status).collect(),
+            interrupts: self.irq.raised(),
+        }
+    }
+
+    fn now(&self) -> u64 {
+        self.config.clock.now_ns()
+    }
+
+    fn is_ready(&self) -> bool {
+        self.boot.state(self.now()) == BootState::Ready
+    }
+
+    fn judge_coherence(&self) {
+        // One at a time, so that the last answer is the newest.
+        let _one = lock(&self.judging);
+        let dma = lock(&self.attachment).as_ref().map(|a| Arc::clone(&a.dma));
+        for partition in &self.member.partitions {
+            partition.judge_coherence(dma.as_deref());
+        }
+    }
+
+    /// The body of a reset, under `lifecycle`.
+    fn reset_function(&self, kind: ResetKind) {
+        let Gpu {
+            fabric: _,
+            member,
+            attachment: _,
+            irq: _,
+            scrubber,
+            config: _,
+            layout: _,
+            lifecycle: _,
+            judging: _,
+            config_space,
+            dma_allowed,
+            registers,
+            doorbells,
+            msix,
+            boot,
+            queues,
+        } = self;
+        // Before the queues, so that none is enabled behind their reset.
+        boot.reset();
+        {
+            let mut space = lock(config_space);
+            space.reset();
+            dma_allowed.store(space.dma_allowed(), Ordering::SeqCst);
+        }
+        queues.iter().for_each(Queue::reset);
+        registers.reset();
+        doorbells.reset();
+        msix.reset();
+        member.links.iter().for_each(LinkEnd::clear_errors);
+        let event = match kind {
+            ResetKind::Function => Event::FunctionReset,
+            ResetKind::Disconnect => Event::Disconnect,
+        };
+        for partition in &member.partitions {
+            let duty = partition.incident(event, self.now());
+            scrubber.settle(partition, duty);
+        }
+        if !scrubber.wait(SCRUB_WAIT) {
+            tracing::debug!(gpu = self.config.index, "scrubbing goes on after the reset");
+        }
+    }
+
+    fn command(&self, index: u32) {
+        let Some(target) = self.member.partitions.get(index as usize) else {
+            return;
+        };
+        // Each command consumes what it was given: the next driver has to bring its own tokens.
+        let take = |reg| {
+            let value = self.registers.get(&partition::BLOCK, index, reg);
+            self.registers.set(&partition::BLOCK, index, reg, 0);
+            value
+        };
+        let command = take(&partition::COMMAND);
+        let with = Circumstances {
+            token: take(&partition::TOKEN),
+            new_token: take(&partition::NEW_TOKEN),
+            ready: self.is_ready(),
+            coherent: target.is_coherent(),
+        };
+        let command = u32::try_from(command).unwrap_or(0);
+        let duty = target.command(command, with, self.now());
+        self.scrubber.settle(target, duty);
+    }
+
+    fn control_queue(&self, index: u32, value: u64) {
+        let Some(target) = self.queues.get(index as usize) else {
+            return;
+        };
+        let (enable, reset) = (
+            value & u64::from(QUEUE_ENABLE) != 0,
+            value & u64::from(QUEUE_RESET) != 0,
+        );
+        if reset {
+            target.reset();
+            self.doorbells
+                .set(&pci::doorbell::BLOCK, index, &pci::doorbell::WPTR, 0);
+        }
+        let enabled = enable && self.is_ready();
+        if enabled {
+            target.enable(|| self.setup(index));
+        } else if !enable && !reset {
+            target.disable();
+        }
+        // Shows what was taken of the write.
+        let shown = u64::from(enabled) * u64::from(QUEUE_ENABLE);
+        self.registers
+            .set(&queue::BLOCK, index, &queue::CONTROL, shown);
+    }
+
+    fn setup(&self, index: u32) -> Setup {
+        let get = |reg| self.registers.get(&queue::BLOCK, index, reg);
+        let attachment = lock(&self.attachment);
+        Setup {
+            ring_base: get(&queue::RING_BASE),
+            ring_size: u32::try_from(get(&queue::RING_SIZE)).unwrap_or(0),
+            writeback: get(&queue::RPTR_WRITEBACK),
+            reach: Reach {
+                place: self.member.place,
+                token: get(&queue::TOKEN),
+                fabric: Arc::clone(&self.fabric),
+                dma: attachment.as_ref().map(|a| Arc::clone(&a.dma)),
+                dma_allowed: Arc::clone(&self.dma_allowed),
+            },
+        }
+    }
+
+    fn read_identity(&self, offset: u32, stored: u64) -> u64 {
+        let config = &self.config;
+        match offset {
+            o if o == identity::CAPS.offset => {
+                let mut caps = Caps::COHERENT_HBM;
+                caps.set(Caps::PEER_COPY, config.hive_id != 0 && config.hive_size > 1);
+                caps.bits()
+            }
+            o if o == identity::GPU_INDEX.offset => config.index.into(),
+            o if o == identity::PARTITION_COUNT.offset => self.member.partitions.len() as u64,
+            o if o == identity::QUEUE_COUNT.offset => config.queues.into(),
+            o if o == identity::VECTOR_COUNT.offset => pci::VECTOR_COUNT.into(),
+            _ => stored,
+        }
+    }
+
+    fn read_boot(&self, offset: u32, stored: u64) -> u64 {
+        match offset {
+            o if o == boot::STATUS.offset => self.boot.state(self.now()).code().into(),
+            o if o == boot::FAULT.offset => self.boot.fault(self.now()).into(),
+            o if o == boot::DELAY_US.offset => self.boot.delay_us().into(),
+            _ => stored,
+        }
+    }
+
+    fn read_topology(&self, offset: u32, stored: u64) -> u64 {
+        let config = &self.config;
+        match offset {
+            o if o == topology::HIVE_ID.offset => config.hive_id,
+            o if o == topology::NODE_ID.offset => config.node_id.into(),
+            o if o == topology::HIVE_SIZE.offset => config.hive_size.into(),
+            o if o == topology::CPU_PXM.offset => config.cpu_pxm.into(),
+            o if o == topology::LINK_COUNT.offset => config.links.len() as u64,
+            _ => stored,
+        }
+    }
+
+    fn read_link(&self, instance: u32, offset: u32) -> u64 {
+        let index = instance as usize;
+        let both = (self.config.links.get(index), self.member.links.get(index));
+        let (Some(config), Some(end)) = both else {
+            return 0;
+        };
+        match offset {
+            o if o == link::PEER.offset => config.peer.unwrap_or(LINK_PEER_CPU).into(),
+            o if o == link::STATE.offset => {
+                if end.is_up() {
+                    1
+                } else {
+                    2
+                }
+            }
+            o if o == link::WIDTH.offset => config.width.into(),
+            o if o == link::BANDWIDTH_MBS.offset => config.bandwidth_mbs.into(),
+            o if o == link::LATENCY_NS.offset => config.latency_ns.into(),
+            o if o == link::ERRORS.offset => end.errors().into(),
+            _ => 0,
+        }
+    }
+
+    fn read_partition(&self, instance: u32, offset: u32, stored: u64) -> u64 {
+        let Some(target) = self.member.partitions.get(instance as usize) else {
+            return 0;
+        };
+        match offset {
+            o if o == partition::HBM_BASE.offset => target.base(),
+            o if o == partition::HBM_SIZE.offset => target.size(),
+            o if o == partition::PXM.offset => target.pxm().into(),
+            o if o == partition::COHERENCE.offset => target.coherence_code().into(),
+            o if o == partition::STATE.offset => target.state_code().into(),
+            o if o == partition::GENERATION.offset => target.generation().into(),
+            o if o == partition::RESULT.offset => target.result_code().into(),
+            _ => stored,
+        }
+    }
+
+    fn read_queue(&self, instance: u32, offset: u32, stored: u64) -> u64 {
+        let Some(target) = self.queues.get(instance as usize) else {
+            return 0;
+        };
+        let status = target.status();
+        match offset {
+            o if o == queue::RPTR.offset => status.rptr,
+            o if o == queue::WPTR.offset => status.wptr,
+            o if o == queue::STATUS.offset => status.state.code().into(),
+            o if o == queue::FAULT_CODE.offset => status.fault.code().into(),
+            o if o == queue::FAULT_ADDR.offset => status.fault_address,
+            o if o == queue::FAULT_PACKET.offset => status.fault_packet,
+            o if o == queue::PACKETS.offset => status.packets,
+            _ => stored,
+        }
+    }
+}
+
+fn link_status(end: &LinkEnd) -> LinkStatus {
+    LinkStatus {
+        peer: end.peer,
+        up: end.is_up(),
+        errors: end.errors(),
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        self.queues.clear();
+        self.fabric.leave(self.member.place);
+    }
+}
+
+impl RegisterDevice for Gpu {
+    fn read(&self, at: RegisterAt, stored: u64) -> u64 {
+        let offset = at.reg.offset;
+        match at.block {
+            identity::BASE => self.read_identity(offset, stored),
+            boot::BASE => self.read_boot(offset, stored),
+            irq::BASE => stored,
+            clock::BASE => self.now(),
+            topology::BASE => self.read_topology(offset, stored),
+            link::BASE => self.read_link(at.instance, offset),
+            partition::BASE => self.read_partition(at.instance, offset, stored),
+            queue::BASE => self.read_queue(at.instance, offset, stored),
+            _ => 0,
+        }
+    }
+
+    fn written(&self, at: RegisterAt, value: u64, _lanes: u64) {
+        match at.block {
+            boot::BASE if value & u64::from(BOOT_START) != 0 => self.boot.start(self.now()),
+            partition::BASE => self.command(at.instance),
+            queue::BASE => self.control_queue(at.instance, value),
+            _ => {}
+        }
+    }
+}
+
+/// The doorbell page: writes that touch the low half of a doorbell ring it.
+struct DoorbellPage<'g>(&'g Gpu);
+
+impl RegisterDevice for DoorbellPage<'_> {
+    fn read(&self, _at: RegisterAt, _stored: u64) -> u64 {
+        0
+    }
+
+    fn written(&self, at: RegisterAt, value: u64, lanes: u64) {
+        if lanes & 0xffff_ffff != 0
+            && let Some(target) = self.0.queues.get(at.instance as usize)
+        {
+            target.doorbell(value);
+        }
+    }
+}
+
+/// The MSI-X table: plain storage, for VMMs that keep theirs here.
+struct MsixPage;
+
+impl RegisterDevice for MsixPage {
+    fn read(&self, _at: RegisterAt, stored: u64) -> u64 {
+        stored
+    }
+
+    fn written(&self, _at: RegisterAt, _value: u64, _lanes: u64) {}
+}
+
+/// Whether a block of the spec is one that [`Gpu`] serves; keeps the `match` of reads complete.
+const fn is_served(block: &Block) -> bool {
+    matches!(
+        block.base,
+        identity::BASE
+            | boot::BASE
+            | irq::BASE
+            | clock::BASE
+            | topology::BASE
+            | link::BASE
+            | partition::BASE
+            | queue::BASE
+    )
+}
+
+#[allow(clippy::indexing_slicing, reason = "runs at compile time")]
+const _: () = {
+    let mut i = 0;
+    while i < regs::BLOCKS.len() {
+        assert!(is_served(&regs::BLOCKS[i]), "every block is served");
+        i += 1;
+    }
+};
+
+impl PciFunction for Gpu {
+    fn layout(&self) -> &FunctionLayout {
+        &self.layout
+    }
+
+    fn attach(&self, attachment: Attachment) {
+        let _one = lock(&self.lifecycle);
+        self.irq.connect(Some(Arc::clone(&attachment.irq)));
+        *lock(&self.attachment) = Some(attachment);
+        self.judge_coherence();
+    }
+
+    fn detach(&self) {
+        let _one = lock(&self.lifecycle);
+        self.irq.connect(None);
+        *lock(&self.attachment) = None;
+        self.judge_coherence();
+        self.reset_function(ResetKind::Disconnect);
+    }
+
+    fn dma_changed(&self) {
+        self.judge_coherence();
+    }
+
+    fn config_read(&self, offset: u32, data: &mut [u8]) {
+        lock(&self.config_space).read(offset, data);
+    }
+
+    fn config_write(&self, offset: u32, data: &[u8]) {
+        let effects = {
+            let mut space = lock(&self.config_space);
+            let effects = space.write(offset, data);
+            self.dma_allowed
+                .store(space.dma_allowed(), Ordering::SeqCst);
+            effects
+        };
+        if effects.function_reset {
+            self.reset(ResetKind::Function);
+        }
+    }
+
+    fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        match bar {
+            pci::BAR_REGISTERS => self.registers.read(self, offset, data),
+            pci::BAR_DOORBELLS => self.doorbells.read(&DoorbellPage(self), offset, data),
+            pci::BAR_MSIX => self.msix.read(&MsixPage, offset, data),
+            _ => data.fill(0),
+        }
+    }
+
+    fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
+        match bar {
+            pci::BAR_REGISTERS => self.registers.write(self, offset, data),
+            pci::BAR_DOORBELLS => self.doorbells.write(&DoorbellPage(self), offset, data),
+            pci::BAR_MSIX => self.msix.write(&MsixPage, offset, data),
+            _ => {}
+        }
+    }
+
+    fn reset(&self, kind: ResetKind) {
+        let _one = lock(&self.lifecycle);
+        self.reset_function(kind);
+    }
+}

@@ -1,0 +1,68 @@
+//! Interrupt causes: pending bits, enables, and the message.
+//!
+//! A cause sets its bit in `IRQ.STATUS` whatever is enabled; a message goes out only where `IRQ.ENABLE` has
+//! the bit. Masking of single vectors is the VMM's business, which emulates the MSI-X table. The block's
+//! registers live in the register file, where the driver's write-1-to-clear meets the device's set atomically.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use numagpu_spec::regs::irq;
+use numagpu_spec::table::Reg;
+
+use crate::bus::InterruptSink;
+use crate::registers::{RegisterFile, address};
+
+/// The interrupt block of one GPU. `sink` is a leaf lock: nothing else is locked while it is held, and
+/// [`InterruptSink::trigger`] must not call back into the function.
+pub struct Irq {
+    registers: Arc<RegisterFile<'static>>,
+    sink: Mutex<Option<Arc<dyn InterruptSink>>>,
+}
+
+impl Irq {
+    /// The block whose registers are in `registers`.
+    pub fn new(registers: Arc<RegisterFile<'static>>) -> Irq {
+        Irq {
+            registers,
+            sink: Mutex::new(None),
+        }
+    }
+
+    /// Messages sent since reset.
+    pub fn raised(&self) -> u64 {
+        self.registers.get(&irq::BLOCK, 0, &irq::RAISED)
+    }
+
+    /// Connects the block to a VMM, or with `None` takes it off. When this returns the old sink is unused.
+    pub fn connect(&self, sink: Option<Arc<dyn InterruptSink>>) {
+        *self.sink.lock().unwrap_or_else(PoisonError::into_inner) = sink;
+    }
+
+    /// A cause: sets `bits`, and sends the message of `vector` if one of them is enabled.
+    pub fn raise(&self, bits: u32, vector: u16) {
+        self.update(&irq::STATUS, |cell| {
+            cell.fetch_or(u64::from(bits), Ordering::AcqRel);
+        });
+        if self.registers.get(&irq::BLOCK, 0, &irq::ENABLE) & u64::from(bits) == 0 {
+            return;
+        }
+        let sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sink) = sink.as_ref() {
+            // Counted before it goes out, so that the handler finds it counted.
+            self.update(&irq::RAISED, |cell| {
+                cell.fetch_add(1, Ordering::AcqRel);
+            });
+            // Nobody listening is no fault: the bit stays pending.
+            let _heard = sink.trigger(vector);
+        }
+    }
+
+    fn update(&self, reg: &Reg, f: impl FnOnce(&std::sync::atomic::AtomicU64)) {
+        if let Some(cell) =
+            address(&irq::BLOCK, 0, reg).and_then(|offset| self.registers.cell(offset))
+        {
+            f(cell);
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! One HBM partition: its range, its memory, its owner, and the gate that engines pass to touch it.
+//!
+//! The gate is what makes a release safe. An engine enters it for one chunk of work, and only with the owner's
+//! token; whoever takes the ownership away changes the token first and then waits until every engine has left.
+//! After that the memory is touched by nobody but the scrubber.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use numagpu_spec::regs::{Coherence, OwnerState, QueueFault};
+
+use crate::bus::{DmaPort, HbmStore};
+use crate::coherence;
+use crate::ownership::{Circumstances, Duty, Event, Machine, Step};
+
+/// Pause between two looks at the gate: about the time of one chunk of a copy.
+const GATE_PAUSE: Duration = Duration::from_micros(50);
+
+/// A partition, shared by its GPU and, through the fabric, by the engines of its peers.
+pub struct Partition {
+    // Static configuration.
+    base: u64,
+    size: u64,
+    pxm: u32,
+    store: Arc<dyn HbmStore>,
+    // Volatile state.
+    /// A leaf lock, held for a step of the table only.
+    machine: Mutex<Machine>,
+    /// What `machine` says, for readers that take no lock. The token stays in the engine's check.
+    owner: AtomicU64,
+    state: AtomicU32,
+    generation: AtomicU32,
+    result: AtomicU32,
+    coherence: AtomicU32,
+    /// Engines at work inside.
+    users: AtomicU32,
+}
+
+/// Snapshot of a partition.
+#[derive(Clone, Debug)]
+pub struct PartitionStatus {
+    /// First guest physical address.
+    pub base: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Proximity domain.
+    pub pxm: u32,
+    /// Ownership state.
+    pub state: OwnerState,
+    /// Claims and frees so far.
+    pub generation: u32,
+    /// Whether and how the VMM maps it.
+    pub coherence: Coherence,
+    /// Last steps of the ownership machine, oldest first.
+    pub history: Vec<Step>,
+}
+
+/// Leave to touch a partition's memory for one chunk of work; ends when it is dropped.
+pub struct Entry<'p> {
+    partition: &'p Partition,
+}
+
+impl Drop for Entry<'_> {
+    fn drop(&mut self) {
+        self.partition.users.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Partition {
+    /// A free partition that no VMM maps yet. The caller has checked that `base + size` does not wrap.
+    pub(crate) fn new(base: u64, size: u64, pxm: u32, store: Arc<dyn HbmStore>) -> Partition {
+        Partition {
+            base,
+            size,
+            pxm,
+            store,
+            machine: Mutex::new(Machine::new()),
+            owner: AtomicU64::new(0),
+            state: AtomicU32::new(OwnerState::Free.code()),
+            generation: AtomicU32::new(0),
+            result: AtomicU32::new(0),
+            coherence: AtomicU32::new(Coherence::NotMapped.code()),
+            users: AtomicU32::new(0),
+        }
+    }
+
+    /// First guest physical address.
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// First address after it.
+    pub fn end(&self) -> u64 {
+        self.base.saturating_add(self.size)
+    }
+
+    /// Proximity domain.
+    pub fn pxm(&self) -> u32 {
+        self.pxm
+    }
+
+    /// Its memory.
+    pub fn store(&self) -> &Arc<dyn HbmStore> {
+        &self.store
+    }
+
+    /// `PARTITION.STATE`.
+    pub fn state_code(&self) -> u32 {
+        self.state.load(Ordering::Acquire)
+    }
+
+    /// `PARTITION.GENERATION`.
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// `PARTITION.RESULT`.
+    pub fn result_code(&self) -> u32 {
+        self.result.load(Ordering::Acquire)
+    }
+
+    /// `PARTITION.COHERENCE`.
+    pub fn coherence_code(&self) -> u32 {
+        self.coherence.load(Ordering::Acquire)
+    }
+
+    /// Whether the VMM maps exactly this memory at its planned address.
+    pub fn is_coherent(&self) -> bool {
+        self.coherence_code() == Coherence::Coherent.code()
+    }
+
+    /// Looks again at what the VMM maps; `None` stands for no VMM.
+    pub fn judge_coherence(&self, dma: Option<&dyn DmaPort>) {
+        let code = dma.map_or(Coherence::NotMapped, |dma| {
+            coherence::judge(dma.mapped(self.base, self.size), self.store.backing())
+        });
+        self.coherence.store(code.code(), Ordering::SeqCst);
+    }
+
+    /// A driver's command.
+    pub fn command(&self, command: u32, with: Circumstances, now_ns: u64) -> Duty {
+        self.step(|machine| machine.command(command, with, now_ns))
+    }
+
+    /// An incident that no driver asked for.
+    pub fn incident(&self, event: Event, now_ns: u64) -> Duty {
+        self.step(|machine| machine.incident(event, now_ns))
+    }
+
+    /// Checks that `token` owns the partition and that it is coherently attached, and keeps both the scrubber
+    /// and the next owner out until the entry is dropped.
+    ///
+    /// # Errors
+    /// [`QueueFault::NotOwned`] or [`QueueFault::NotCoherent`].
+    pub fn enter(&self, token: u64) -> Result<Entry<'_>, QueueFault> {
+        // Counted before it looks, as `scrub` changes the owner before it counts: one of them sees the other.
+        self.users.fetch_add(1, Ordering::SeqCst);
+        let entry = Entry { partition: self };
+        if token == 0 || self.owner.load(Ordering::SeqCst) != token {
+            return Err(QueueFault::NotOwned);
+        }
+        if self.coherence.load(Ordering::SeqCst) != Coherence::Coherent.code() {
+            return Err(QueueFault::NotCoherent);
+        }
+        Ok(entry)
+    }
+
+    /// Waits until no engine is inside, then clears the memory. For the scrubber, after [`Duty::Scrub`].
+    ///
+    /// # Errors
+    /// The store's error.
+    pub fn scrub(&self) -> std::io::Result<()> {
+        while self.users.load(Ordering::SeqCst) != 0 {
+            std::thread::sleep(GATE_PAUSE);
+        }
+        self.store.scrub()
+    }
+
+    /// Snapshot.
+    pub fn status(&self) -> PartitionStatus {
+        let machine = self.lock();
+        PartitionStatus {
+            base: self.base,
+            size: self.size,
+            pxm: self.pxm,
+            state: machine.state(),
+            generation: machine.generation(),
+            coherence: Coherence::from_code(self.coherence_code()).unwrap_or(Coherence::NotMapped),
+            history: machine.history().copied().collect(),
+        }
+    }
+
+    fn step(&self, f: impl FnOnce(&mut Machine) -> Duty) -> Duty {
+        let mut machine = self.lock();
+        let duty = f(&mut machine);
+        // Published under the lock, so that two steps cannot publish in the wrong order.
+        self.owner.store(machine.owner(), Ordering::SeqCst);
+        self.generation
+            .store(machine.generation(), Ordering::Release);
+        self.result
+            .store(machine.result().code(), Ordering::Release);
+        self.state.store(machine.state().code(), Ordering::Release);
+        duty
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Machine> {
+        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

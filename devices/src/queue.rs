@@ -1,0 +1,641 @@
+//! Copy queues: a ring, a doorbell, a worker.
+//!
+//! A queue's worker is a thread that starts when the queue is first enabled and sleeps on a channel until the
+//! doorbell rings. Doorbells and register accesses take the queue's short lock `control` at most, which no one
+//! holds while memory moves. Each run of a queue has an epoch; a stop ends the epoch, and what a worker of an
+//! ended epoch still wants to publish is dropped.
+//!
+//! Every packet that a worker takes from the ring is a [`Permit`]: it is completed, faulted or abandoned.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use numagpu_spec::regs::{IrqBits, QueueFault, QueueState, RING_MAX, RING_MIN};
+use numagpu_spec::{pci, sdma};
+
+use crate::engine::{Engine, Fault, Leave, Reach, Stop};
+use crate::irq::Irq;
+use crate::limit::LogLimit;
+use crate::packet::{HEADER_WORDS, Operation, Packet, decode};
+
+/// Words of the ring read at once.
+const FETCH_WORDS: usize = 1024;
+/// Packets after which a busy queue writes its read pointer back.
+const WRITEBACK_PACKETS: u64 = 64;
+
+/// What the driver wrote into the registers of a queue when it enabled it.
+#[derive(Clone)]
+pub struct Setup {
+    /// `RING_BASE`, a multiple of 256.
+    pub ring_base: u64,
+    /// `RING_SIZE`.
+    pub ring_size: u32,
+    /// `RPTR_WRITEBACK`, a multiple of 8; 0 = nowhere.
+    pub writeback: u64,
+    /// What the queue can reach.
+    pub reach: Reach,
+}
+
+/// Snapshot of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueStatus {
+    /// State.
+    pub state: QueueState,
+    /// Bytes consumed since enable.
+    pub rptr: u64,
+    /// Bytes produced since enable.
+    pub wptr: u64,
+    /// Packets completed since enable.
+    pub packets: u64,
+    /// Bytes copied, written and filled since enable.
+    pub bytes: u64,
+    /// Why it stopped.
+    pub fault: QueueFault,
+    /// Address that the fault is about.
+    pub fault_address: u64,
+    /// Index of the packet since enable.
+    pub fault_packet: u64,
+}
+
+/// One enabled period of a queue.
+struct Run {
+    epoch: u64,
+    setup: Setup,
+}
+
+impl Run {
+    fn leave<'q>(&self, shared: &'q Shared) -> Leave<'q> {
+        Leave {
+            epoch: &shared.epoch,
+            mine: self.epoch,
+        }
+    }
+
+    /// Address of the ring byte with this unwrapped position.
+    fn ring_address(&self, position: u64) -> u64 {
+        let offset = position & u64::from(self.setup.ring_size).saturating_sub(1);
+        self.setup.ring_base.saturating_add(offset)
+    }
+}
+
+/// What `control` protects.
+struct Control {
+    run: Option<Arc<Run>>,
+    /// Whether the worker is between taking a run and leaving it.
+    active: bool,
+}
+
+/// What the registers show; written under `control`, read without it.
+#[derive(Default)]
+struct Shown {
+    state: AtomicU32,
+    rptr: AtomicU64,
+    wptr: AtomicU64,
+    packets: AtomicU64,
+    bytes: AtomicU64,
+    fault_code: AtomicU32,
+    fault_address: AtomicU64,
+    fault_packet: AtomicU64,
+}
+
+struct Shared {
+    // Runtime glue.
+    irq: Arc<Irq>,
+    // Static configuration.
+    index: u32,
+    // Volatile state.
+    control: Mutex<Control>,
+    left: Condvar,
+    /// Ends the work of every worker that began with another value.
+    epoch: AtomicU64,
+    shown: Shown,
+    log: LogLimit,
+}
+
+/// A copy queue.
+pub struct Queue {
+    shared: Arc<Shared>,
+    worker: Mutex<Option<Worker>>,
+}
+
+struct Worker {
+    kick: Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Queue {
+    /// A disabled queue without a worker.
+    pub fn new(index: u32, irq: Arc<Irq>) -> Queue {
+        Queue {
+            shared: Arc::new(Shared {
+                irq,
+                index,
+                control: Mutex::new(Control {
+                    run: None,
+                    active: false,
+                }),
+                left: Condvar::new(),
+                epoch: AtomicU64::new(0),
+                shown: Shown::default(),
+                log: LogLimit::default(),
+            }),
+            worker: Mutex::new(None),
+        }
+    }
+
+    /// Enables a disabled queue; does nothing in another state. `setup` is called under the queue's lock, so
+    /// that a stop either comes before it or stops what it gives. A bad ring is a fault of the queue.
+    pub fn enable(&self, setup: impl FnOnce() -> Setup) {
+        let started = self.start_worker();
+        let shared = &self.shared;
+        let mut control = shared.lock();
+        if shared.state() != QueueState::Disabled || control.active {
+            return;
+        }
+        let setup = setup();
+        let shown = &shared.shown;
+        for counter in [&shown.rptr, &shown.wptr, &shown.packets, &shown.bytes] {
+            counter.store(0, Ordering::Release);
+        }
+        shared.clear_fault();
+        let (base, size) = (setup.ring_base, setup.ring_size);
+        let fits = size.is_power_of_two()
+            && (RING_MIN..=RING_MAX).contains(&size)
+            && base.is_multiple_of(u64::from(RING_MIN))
+            && base.checked_add(u64::from(size)).is_some();
+        let epoch = shared.next_epoch();
+        control.run = Some(Arc::new(Run { epoch, setup }));
+        if fits && started {
+            shared.show_state(QueueState::Idle);
+            return;
+        }
+        let code = QueueFault::BadRing;
+        shared.stop_with(
+            &mut control,
+            Fault {
+                code,
+                address: base,
+            },
+            0,
+        );
+        drop(control);
+        shared.announce_fault();
+    }
+
+    /// Disables the queue; a faulted one stays faulted. When this returns, no worker touches memory for it:
+    /// the wait is one chunk of a copy at most.
+    pub fn disable(&self) {
+        let control = self.shared.halt();
+        if self.shared.state() != QueueState::Fault {
+            self.shared.show_state(QueueState::Disabled);
+        }
+        drop(control);
+    }
+
+    /// Disables the queue and clears pointers, counters and fault. Waits as [`Queue::disable`].
+    pub fn reset(&self) {
+        let control = self.shared.halt();
+        let Shown {
+            state: _,
+            rptr,
+            wptr,
+            packets,
+            bytes,
+            fault_code: _,
+            fault_address: _,
+            fault_packet: _,
+        } = &self.shared.shown;
+        for counter in [rptr, wptr, packets, bytes] {
+            counter.store(0, Ordering::Release);
+        }
+        self.shared.clear_fault();
+        self.shared.show_state(QueueState::Disabled);
+        drop(control);
+    }
+
+    /// The driver rang: `wptr` bytes are produced. Ignored unless the queue is enabled; a value between the read
+    /// pointer and an earlier doorbell is an older doorbell that came late, and is ignored too.
+    pub fn doorbell(&self, wptr: u64) {
+        let shared = &self.shared;
+        let mut control = shared.lock();
+        let Some(run) = control.run.clone() else {
+            return;
+        };
+        let rptr = shared.shown.rptr.load(Ordering::Acquire);
+        let room = u64::from(run.setup.ring_size);
+        let ahead = wptr.checked_sub(rptr);
+        if ahead.is_none_or(|ahead| ahead > room) || !wptr.is_multiple_of(4) {
+            let packet = shared.shown.packets.load(Ordering::Acquire);
+            let code = QueueFault::BadDoorbell;
+            let fault = Fault {
+                code,
+                address: wptr,
+            };
+            shared.stop_with(&mut control, fault, packet);
+            drop(control);
+            shared.announce_fault();
+            return;
+        }
+        if wptr <= shared.shown.wptr.load(Ordering::Acquire) {
+            return;
+        }
+        shared.shown.wptr.store(wptr, Ordering::Release);
+        shared.show_state(QueueState::Running);
+        drop(control);
+        if let Some(worker) = self.lock_worker().as_ref() {
+            // Full means that a kick waits already.
+            let _full = worker.kick.try_send(());
+        }
+    }
+
+    /// Snapshot; the values may come from neighbouring moments.
+    pub fn status(&self) -> QueueStatus {
+        let shown = &self.shared.shown;
+        let fault = QueueFault::from_code(shown.fault_code.load(Ordering::Acquire));
+        QueueStatus {
+            state: self.shared.state(),
+            rptr: shown.rptr.load(Ordering::Acquire),
+            wptr: shown.wptr.load(Ordering::Acquire),
+            packets: shown.packets.load(Ordering::Acquire),
+            bytes: shown.bytes.load(Ordering::Acquire),
+            fault: fault.unwrap_or(QueueFault::None),
+            fault_address: shown.fault_address.load(Ordering::Acquire),
+            fault_packet: shown.fault_packet.load(Ordering::Acquire),
+        }
+    }
+
+    /// False if the host refuses a thread.
+    fn start_worker(&self) -> bool {
+        let mut worker = self.lock_worker();
+        if worker.is_some() {
+            return true;
+        }
+        let (kick, kicked) = bounded(1);
+        let shared = Arc::clone(&self.shared);
+        let name = format!("gpu-queue-{}", shared.index);
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || work(&shared, &kicked));
+        match thread {
+            Ok(thread) => {
+                *worker = Some(Worker { kick, thread });
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, queue = self.shared.index, "no thread for a copy queue");
+                false
+            }
+        }
+    }
+
+    fn lock_worker(&self) -> MutexGuard<'_, Option<Worker>> {
+        self.worker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.reset();
+        if let Some(Worker { kick, thread }) = self.lock_worker().take() {
+            drop(kick);
+            // A worker that panicked has said so.
+            let _panicked = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn state(&self) -> QueueState {
+        let code = self.shown.state.load(Ordering::Acquire);
+        QueueState::from_code(code).unwrap_or(QueueState::Disabled)
+    }
+
+    fn show_state(&self, state: QueueState) {
+        self.shown.state.store(state.code(), Ordering::Release);
+    }
+
+    fn clear_fault(&self) {
+        self.shown.fault_code.store(0, Ordering::Release);
+        self.shown.fault_address.store(0, Ordering::Release);
+        self.shown.fault_packet.store(0, Ordering::Release);
+    }
+
+    /// Ends the epoch; gives the next one.
+    fn next_epoch(&self) -> u64 {
+        self.epoch.fetch_add(1, Ordering::SeqCst).wrapping_add(1)
+    }
+
+    /// Ends the epoch and waits until the worker has left it.
+    fn halt(&self) -> MutexGuard<'_, Control> {
+        let mut control = self.lock();
+        self.next_epoch();
+        control.run = None;
+        while control.active {
+            control = self
+                .left
+                .wait(control)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        control
+    }
+
+    /// Ends the epoch with a fault, without waiting.
+    fn stop_with(&self, control: &mut Control, fault: Fault, packet: u64) {
+        self.next_epoch();
+        control.run = None;
+        let shown = &self.shown;
+        shown.fault_address.store(fault.address, Ordering::Release);
+        shown.fault_packet.store(packet, Ordering::Release);
+        shown.fault_code.store(fault.code.code(), Ordering::Release);
+        self.show_state(QueueState::Fault);
+    }
+
+    /// Tells the driver and the log of a fault that [`Shared::stop_with`] noted.
+    fn announce_fault(&self) {
+        self.irq.raise(IrqBits::FAULT.bits(), pci::VECTOR_EVENTS);
+        if self.log.allow() {
+            let code = self.shown.fault_code.load(Ordering::Acquire);
+            let address = self.shown.fault_address.load(Ordering::Acquire);
+            let code = QueueFault::from_code(code).map_or("?", QueueFault::name);
+            tracing::warn!(queue = self.index, code, "queue stopped at {address:#x}");
+        }
+    }
+
+    /// A fault that the worker of `run` met; dropped if the run is over.
+    fn fail(&self, run: &Run, fault: Fault) {
+        let mut control = self.lock();
+        if run.leave(self).check().is_err() {
+            return;
+        }
+        let packet = self.shown.packets.load(Ordering::Acquire);
+        self.stop_with(&mut control, fault, packet);
+        drop(control);
+        self.announce_fault();
+    }
+}
+
+/// The obligation to finish a packet that was taken from the ring. Dropping it otherwise is a bug: debug builds
+/// panic, release builds fault the queue.
+#[must_use]
+struct Permit<'q> {
+    shared: &'q Shared,
+    run: &'q Run,
+    packet: Packet,
+    moved: u64,
+    settled: bool,
+}
+
+impl<'q> Permit<'q> {
+    fn new(shared: &'q Shared, run: &'q Run, packet: Packet) -> Permit<'q> {
+        Permit {
+            shared,
+            run,
+            packet,
+            moved: 0,
+            settled: false,
+        }
+    }
+
+    /// The packet is done: the read pointer passes it.
+    fn complete(mut self) -> Result<(), Stop> {
+        self.settled = true;
+        // Under the lock, so that a stop that has returned is never followed by a new pointer.
+        let _control = self.shared.lock();
+        self.run.leave(self.shared).check()?;
+        let shown = &self.shared.shown;
+        shown.packets.fetch_add(1, Ordering::AcqRel);
+        shown.bytes.fetch_add(self.moved, Ordering::AcqRel);
+        shown.rptr.fetch_add(self.packet.bytes, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// The packet cannot be done: the queue stops, or has been stopped.
+    fn give_up(mut self, stop: Stop) -> Stop {
+        self.settled = true;
+        stop
+    }
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        if !self.settled {
+            let address = self.run.ring_address(0);
+            let code = QueueFault::BadOpcode;
+            self.shared.fail(self.run, Fault { code, address });
+            debug_assert!(
+                std::thread::panicking(),
+                "a packet was neither completed nor given up"
+            );
+        }
+    }
+}
+
+/// Says that the worker has left its run, also when it panics.
+struct Active<'q>(&'q Shared);
+
+impl Drop for Active<'_> {
+    fn drop(&mut self) {
+        self.0.lock().active = false;
+        self.0.left.notify_all();
+    }
+}
+
+/// The worker: waits for kicks until the queue is dropped.
+fn work(shared: &Shared, kicked: &Receiver<()>) {
+    let mut engine = Engine::default();
+    let mut ring = Ring::default();
+    for () in kicked {
+        let run = {
+            let mut control = shared.lock();
+            let Some(run) = control.run.clone() else {
+                continue;
+            };
+            control.active = true;
+            run
+        };
+        let _active = Active(shared);
+        ring.len = 0;
+        let stop = drain(shared, &run, &mut engine, &mut ring);
+        if let Err(Stop::Fault(fault)) = stop {
+            // Where even this fails, the fault that is reported says more.
+            let _second = write_back(shared, &run);
+            shared.fail(&run, fault);
+        }
+    }
+}
+
+/// Works off the ring until it is empty.
+fn drain(shared: &Shared, run: &Run, engine: &mut Engine, ring: &mut Ring) -> Result<(), Stop> {
+    let mut unwritten = 0;
+    loop {
+        run.leave(shared).check()?;
+        let rptr = shared.shown.rptr.load(Ordering::Acquire);
+        let wptr = shared.shown.wptr.load(Ordering::Acquire);
+        let available = wptr.saturating_sub(rptr);
+        if available == 0 {
+            write_back(shared, run)?;
+            let _control = shared.lock();
+            run.leave(shared).check()?;
+            if shared.shown.wptr.load(Ordering::Acquire) == rptr {
+                shared.show_state(QueueState::Idle);
+                return Ok(());
+            }
+            continue;
+        }
+        let words = ring.words(run, rptr, available)?;
+        let packet = decode(words, available).map_err(|bad| {
+            let address = bad.address.unwrap_or_else(|| run.ring_address(rptr));
+            Fault {
+                code: bad.code,
+                address,
+            }
+        })?;
+        let permit = Permit::new(shared, run, packet);
+        let permit = execute(permit, engine, rptr)?;
+        permit.complete()?;
+        unwritten += 1;
+        if packet.operation == Operation::Trap {
+            // The handler finds the read pointer behind the trap.
+            write_back(shared, run)?;
+            unwritten = 0;
+            let vector = u16::try_from(shared.index).unwrap_or(0);
+            run.leave(shared).check()?;
+            shared.irq.raise(
+                IrqBits::QUEUE0.bits() << shared.index,
+                pci::VECTOR_QUEUE0 + vector,
+            );
+        } else if unwritten >= WRITEBACK_PACKETS {
+            write_back(shared, run)?;
+            unwritten = 0;
+        }
+    }
+}
+
+/// Does what a packet asks for, except for raising a trap's interrupt.
+fn execute<'q>(mut permit: Permit<'q>, engine: &mut Engine, rptr: u64) -> Result<Permit<'q>, Stop> {
+    let run = permit.run;
+    let reach = &run.setup.reach;
+    let leave = run.leave(permit.shared);
+    let (done, moved) = match permit.packet.operation {
+        Operation::Nop | Operation::Trap => (Ok(()), 0),
+        Operation::Copy {
+            source,
+            destination,
+            bytes,
+        } => (engine.copy(reach, leave, source, destination, bytes), bytes),
+        Operation::Write { destination, bytes } => {
+            let start = rptr.saturating_add(4 * sdma::WRITE_LINEAR_HEADER_WORDS as u64);
+            let mut done = 0;
+            let mut result = Ok(());
+            // At most two pieces: the ring wraps once.
+            while done < bytes && result.is_ok() {
+                let position = start.saturating_add(done);
+                let size = u64::from(run.setup.ring_size).max(1);
+                let piece = (size - position % size).min(bytes - done);
+                result = match destination.checked_add(done) {
+                    Some(to) => engine.copy(reach, leave, run.ring_address(position), to, piece),
+                    None => Err(Stop::Fault(Fault {
+                        code: QueueFault::BadField,
+                        address: destination,
+                    })),
+                };
+                done += piece;
+            }
+            (result, bytes)
+        }
+        Operation::Fill {
+            destination,
+            pattern,
+            bytes,
+        } => (
+            engine.fill(reach, leave, destination, pattern, bytes),
+            bytes,
+        ),
+        Operation::Fence { address, value } => {
+            (reach.store32(address, value).map_err(Stop::from), 4)
+        }
+    };
+    match done {
+        Ok(()) => {
+            permit.moved = moved;
+            Ok(permit)
+        }
+        Err(stop) => Err(permit.give_up(stop)),
+    }
+}
+
+/// Writes the read pointer where the driver asked for it.
+fn write_back(shared: &Shared, run: &Run) -> Result<(), Stop> {
+    if run.setup.writeback == 0 {
+        return Ok(());
+    }
+    run.leave(shared).check()?;
+    let rptr = shared.shown.rptr.load(Ordering::Acquire);
+    run.setup.reach.store64(run.setup.writeback, rptr)?;
+    Ok(())
+}
+
+/// Words read ahead from the ring.
+struct Ring {
+    words: Box<[u32]>,
+    bytes: Box<[u8]>,
+    /// Position of the first word, unwrapped.
+    start: u64,
+    /// Words that are valid.
+    len: usize,
+}
+
+impl Default for Ring {
+    fn default() -> Ring {
+        Ring {
+            words: vec![0; FETCH_WORDS].into(),
+            bytes: vec![0; 4 * FETCH_WORDS].into(),
+            start: 0,
+            len: 0,
+        }
+    }
+}
+
+impl Ring {
+    /// Words from `position` on: all of the `available` bytes, or at least [`HEADER_WORDS`] words.
+    fn words(&mut self, run: &Run, position: u64, available: u64) -> Result<&[u32], Stop> {
+        let wanted = usize::try_from(available / 4).unwrap_or(usize::MAX);
+        let skip = position
+            .checked_sub(self.start)
+            .and_then(|bytes| usize::try_from(bytes / 4).ok());
+        let have = skip.map_or(0, |skip| self.len.saturating_sub(skip));
+        let first = match skip {
+            Some(skip) if have >= wanted.min(HEADER_WORDS) && have > 0 => skip,
+            _ => {
+                self.fetch(run, position, wanted.min(FETCH_WORDS))?;
+                0
+            }
+        };
+        Ok(self.words.get(first..self.len).unwrap_or_default())
+    }
+
+    fn fetch(&mut self, run: &Run, position: u64, words: usize) -> Result<(), Stop> {
+        self.len = 0;
+        let size = u64::from(run.setup.ring_size).max(1);
+        let to_end = usize::try_from(size - position % size).unwrap_or(usize::MAX);
+        let bytes = self.bytes.get_mut(..4 * words).unwrap_or_default();
+        let first = to_end.min(bytes.len());
+        if let Some((head, tail)) = bytes.split_at_mut_checked(first) {
+            let reach = &run.setup.reach;
+            reach.read(run.ring_address(position), head)?;
+            reach.read(run.setup.ring_base, tail)?;
+        }
+        for (word, bytes) in self.words.iter_mut().zip(bytes.chunks_exact(4)) {
+            *word = bytes.try_into().map_or(0, u32::from_le_bytes);
+        }
+        self.start = position;
+        self.len = words;
+        Ok(())
+    }
+}

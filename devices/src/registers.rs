@@ -1,0 +1,325 @@
+//! The register engine: any access to a BAR becomes operations on whole registers.
+//!
+//! A [`RegisterMap`] is built once from a table of [`Block`]s and finds the register at an offset in constant
+//! time. A [`RegisterFile`] holds the values of one BAR. Partial, straddling and misaligned accesses are taken
+//! apart here and nowhere else: a read assembles its bytes from whole registers, a write merges its bytes with
+//! what the register holds, applies the masks of the table, and tells the device once for each register.
+//!
+//! No access allocates or takes a lock. Two halves of an 8-byte register that are read by two accesses may
+//! come from different moments, as on hardware.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use numagpu_spec::table::{Block, Reg, Width};
+use thiserror::Error;
+
+/// Slot number of an offset that has no register.
+const NO_SLOT: u16 = u16::MAX;
+
+/// Why a register table cannot be used.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum TableError {
+    /// A register lies outside the BAR.
+    #[error("{block}.{register} at {offset:#x} is outside a BAR of {size:#x} bytes")]
+    Outside {
+        /// Block.
+        block: &'static str,
+        /// Register.
+        register: &'static str,
+        /// Offset in the BAR.
+        offset: u64,
+        /// Bytes of the BAR.
+        size: u64,
+    },
+    /// A register is not aligned to its width, or lies over another one.
+    #[error("{block}.{register} at {offset:#x} is misaligned or overlaps another register")]
+    Overlap {
+        /// Block.
+        block: &'static str,
+        /// Register.
+        register: &'static str,
+        /// Offset in the BAR.
+        offset: u64,
+    },
+    /// More registers than slot numbers.
+    #[error("{count} registers do not fit a table of {max}")]
+    TooMany {
+        /// Registers so far.
+        count: usize,
+        /// Most that fit.
+        max: u16,
+    },
+}
+
+/// Which register an access meets.
+#[derive(Clone, Copy, Debug)]
+pub struct RegisterAt {
+    /// Base of its block, as in the spec.
+    pub block: u32,
+    /// Instance of the block, from 0.
+    pub instance: u32,
+    /// The register.
+    pub reg: &'static Reg,
+}
+
+/// A slot of the map: a register and where it starts.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    at: RegisterAt,
+    start: u64,
+}
+
+/// Where the registers of a BAR are.
+#[derive(Debug)]
+pub struct RegisterMap {
+    /// Slot of each 4-byte word of the BAR.
+    words: Box<[u16]>,
+    slots: Box<[Slot]>,
+}
+
+impl RegisterMap {
+    /// Map of a BAR of `size` bytes.
+    ///
+    /// # Errors
+    /// [`TableError`] for a table that [`numagpu_spec::table::check`] would refuse.
+    pub fn new(blocks: &[Block], size: u64) -> Result<RegisterMap, TableError> {
+        let word_count = usize::try_from(size / 4).unwrap_or(0);
+        let mut words = vec![NO_SLOT; word_count].into_boxed_slice();
+        let mut slots = Vec::new();
+        for block in blocks {
+            for instance in 0..block.count {
+                for reg in block.regs {
+                    let start = u64::from(block.base)
+                        + u64::from(block.stride) * u64::from(instance)
+                        + u64::from(reg.offset);
+                    let width = u64::from(reg.width.bytes());
+                    let number = u16::try_from(slots.len())
+                        .ok()
+                        .filter(|n| *n != NO_SLOT)
+                        .ok_or(TableError::TooMany {
+                            count: slots.len(),
+                            max: NO_SLOT,
+                        })?;
+                    for word in start / 4..(start + width).div_ceil(4) {
+                        let outside = TableError::Outside {
+                            block: block.name,
+                            register: reg.name,
+                            offset: start,
+                            size,
+                        };
+                        let place = usize::try_from(word)
+                            .ok()
+                            .and_then(|w| words.get_mut(w))
+                            .ok_or(outside)?;
+                        if *place != NO_SLOT || !start.is_multiple_of(width) {
+                            return Err(TableError::Overlap {
+                                block: block.name,
+                                register: reg.name,
+                                offset: start,
+                            });
+                        }
+                        *place = number;
+                    }
+                    slots.push(Slot {
+                        at: RegisterAt {
+                            block: block.base,
+                            instance,
+                            reg,
+                        },
+                        start,
+                    });
+                }
+            }
+        }
+        Ok(RegisterMap {
+            words,
+            slots: slots.into_boxed_slice(),
+        })
+    }
+
+    /// The register that covers byte `offset`, with its slot number.
+    fn find(&self, offset: u64) -> Option<(usize, &Slot)> {
+        let word = usize::try_from(offset / 4).ok()?;
+        let number = usize::from(*self.words.get(word)?);
+        self.slots.get(number).map(|slot| (number, slot))
+    }
+}
+
+/// What a device does with its registers.
+pub trait RegisterDevice {
+    /// Value that a read of `at` shows; `stored` is what the file holds. Has no side effects.
+    fn read(&self, at: RegisterAt, stored: u64) -> u64;
+
+    /// A write to a register with the `effect` flag. `value` is what the register holds now, `lanes` has ones
+    /// in the bytes that the access touched.
+    fn written(&self, at: RegisterAt, value: u64, lanes: u64);
+}
+
+/// Values of the registers of one BAR.
+#[derive(Debug)]
+pub struct RegisterFile<'m> {
+    map: &'m RegisterMap,
+    values: Box<[AtomicU64]>,
+}
+
+impl<'m> RegisterFile<'m> {
+    /// A file with every register at its reset value.
+    pub fn new(map: &'m RegisterMap) -> RegisterFile<'m> {
+        let values = map
+            .slots
+            .iter()
+            .map(|slot| AtomicU64::new(slot.at.reg.reset))
+            .collect();
+        RegisterFile { map, values }
+    }
+
+    /// Sets every register to its reset value.
+    pub fn reset(&self) {
+        for (value, slot) in self.values.iter().zip(&self.map.slots) {
+            value.store(slot.at.reg.reset, Ordering::Release);
+        }
+    }
+
+    /// The cell of the register that starts at or covers byte `offset` of the BAR.
+    pub fn cell(&self, offset: u32) -> Option<&AtomicU64> {
+        let (number, _) = self.map.find(u64::from(offset))?;
+        self.values.get(number)
+    }
+
+    /// What the register of `block` instance `instance` holds; 0 if the table does not have it.
+    pub fn get(&self, block: &Block, instance: u32, reg: &Reg) -> u64 {
+        address(block, instance, reg)
+            .and_then(|offset| self.cell(offset))
+            .map_or(0, |cell| cell.load(Ordering::Acquire))
+    }
+
+    /// Sets what the register of `block` instance `instance` holds, past all masks.
+    pub fn set(&self, block: &Block, instance: u32, reg: &Reg, value: u64) {
+        if let Some(cell) = address(block, instance, reg).and_then(|offset| self.cell(offset)) {
+            cell.store(value & reg.width.mask(), Ordering::Release);
+        }
+    }
+
+    /// Reads `data.len()` bytes from `offset`; bytes that no register has are zero.
+    pub fn read(&self, device: &impl RegisterDevice, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let mut done = 0;
+        while let Some(position) = self.inside(offset, done) {
+            let Some(rest) = data.get_mut(done..).filter(|rest| !rest.is_empty()) else {
+                return;
+            };
+            let Some((number, slot)) = self.map.find(position) else {
+                done += to_next_word(position);
+                continue;
+            };
+            let reg = slot.at.reg;
+            let value = if reg.hidden {
+                0
+            } else {
+                let stored = self.values.get(number);
+                device.read(
+                    slot.at,
+                    stored.map_or(0, |cell| cell.load(Ordering::Acquire)),
+                )
+            };
+            let first = first_byte(slot, position);
+            let bytes = value.to_le_bytes();
+            let source = bytes.get(first..width(reg)).unwrap_or(&[]);
+            for (to, from) in rest.iter_mut().zip(source) {
+                *to = *from;
+            }
+            done += source.len();
+        }
+    }
+
+    /// Writes `data` at `offset`; bytes that no register has are dropped.
+    pub fn write(&self, device: &impl RegisterDevice, offset: u64, data: &[u8]) {
+        let mut done = 0;
+        while let Some(position) = self.inside(offset, done) {
+            let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) else {
+                return;
+            };
+            let Some((number, slot)) = self.map.find(position) else {
+                done += to_next_word(position);
+                continue;
+            };
+            let first = first_byte(slot, position);
+            let count = width(slot.at.reg).saturating_sub(first);
+            let (mut value, mut lanes) = ([0u8; 8], [0u8; 8]);
+            let places = value.iter_mut().zip(&mut lanes).skip(first);
+            for ((to, lane), from) in places.zip(rest.iter().take(count)) {
+                *to = *from;
+                *lane = 0xff;
+            }
+            let (value, lanes) = (u64::from_le_bytes(value), u64::from_le_bytes(lanes));
+            self.write_register(device, number, slot.at, value, lanes);
+            done += count;
+        }
+    }
+
+    /// The position `done` bytes after `offset`, if it is inside the BAR.
+    fn inside(&self, offset: u64, done: usize) -> Option<u64> {
+        let position = offset.checked_add(u64::try_from(done).ok()?)?;
+        let word = usize::try_from(position / 4).ok()?;
+        (word < self.map.words.len()).then_some(position)
+    }
+
+    /// Writes the bytes of one register that `lanes` selects.
+    fn write_register(
+        &self,
+        device: &impl RegisterDevice,
+        number: usize,
+        at: RegisterAt,
+        value: u64,
+        lanes: u64,
+    ) {
+        let Some(cell) = self.values.get(number) else {
+            return;
+        };
+        let replaced = at.reg.writable & lanes;
+        let cleared = at.reg.w1c & lanes & value;
+        if replaced | cleared | u64::from(at.reg.effect) == 0 {
+            return;
+        }
+        let merge = |old: u64| (old & !replaced & !cleared) | (value & replaced);
+        let mut old = cell.load(Ordering::Acquire);
+        // An interrupt may set a status bit at the same moment: neither change may be lost.
+        while let Err(seen) =
+            cell.compare_exchange_weak(old, merge(old), Ordering::AcqRel, Ordering::Acquire)
+        {
+            old = seen;
+        }
+        if at.reg.effect {
+            device.written(at, merge(old), lanes);
+        }
+    }
+}
+
+/// Offset of a register in its BAR, `None` if it overflows.
+pub fn address(block: &Block, instance: u32, reg: &Reg) -> Option<u32> {
+    let instance = block.stride.checked_mul(instance)?;
+    block.base.checked_add(instance)?.checked_add(reg.offset)
+}
+
+/// Bytes from `position` to the next 4-byte boundary, 1 to 4.
+fn to_next_word(position: u64) -> usize {
+    match position % 4 {
+        0 => 4,
+        1 => 3,
+        2 => 2,
+        _ => 1,
+    }
+}
+
+/// Bytes of a register.
+fn width(reg: &Reg) -> usize {
+    match reg.width {
+        Width::W4 => 4,
+        Width::W8 => 8,
+    }
+}
+
+/// Which byte of the register of `slot` the BAR's byte `position`, which it covers, is.
+fn first_byte(slot: &Slot, position: u64) -> usize {
+    usize::try_from(position.saturating_sub(slot.start)).unwrap_or(0)
+}

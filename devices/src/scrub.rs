@@ -1,0 +1,123 @@
+//! The scrubber: clears partitions that were given up, behind the backs of registers and queues.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, unbounded};
+use numagpu_spec::pci;
+use numagpu_spec::regs::IrqBits;
+
+use crate::clock::Clock;
+use crate::irq::Irq;
+use crate::ownership::{Duty, Event};
+use crate::partition::Partition;
+
+/// What the scrubber and its callers share.
+struct Shared {
+    irq: Arc<Irq>,
+    clock: Arc<dyn Clock>,
+    /// Jobs given and not yet done. Bounded: a partition asks for two at most, see [`crate::ownership`].
+    pending: Mutex<usize>,
+    done: Condvar,
+}
+
+/// The scrubber of one GPU; its thread starts with the first job.
+pub struct Scrubber {
+    shared: Arc<Shared>,
+    jobs: Mutex<Option<Sender<Arc<Partition>>>>,
+}
+
+impl Scrubber {
+    /// A scrubber that tells of lost partitions through `irq`.
+    pub fn new(irq: Arc<Irq>, clock: Arc<dyn Clock>) -> Scrubber {
+        Scrubber {
+            shared: Arc::new(Shared {
+                irq,
+                clock,
+                pending: Mutex::new(0),
+                done: Condvar::new(),
+            }),
+            jobs: Mutex::new(None),
+        }
+    }
+
+    /// Does the duty that a step of a partition's ownership left.
+    pub fn settle(&self, partition: &Arc<Partition>, duty: Duty) {
+        match duty {
+            Duty::Nothing => {}
+            Duty::Notify => self.shared.notify(),
+            Duty::Scrub => self.scrub(partition),
+        }
+    }
+
+    /// Waits until no job is left, or `limit` is over. Whether no job is left.
+    pub fn wait(&self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        let lock = self.shared.pending.lock();
+        let mut pending = lock.unwrap_or_else(PoisonError::into_inner);
+        while *pending > 0 {
+            let Some(rest) = end.checked_duration_since(Instant::now()) else {
+                return false;
+            };
+            let woken = self.shared.done.wait_timeout(pending, rest);
+            pending = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn scrub(&self, partition: &Arc<Partition>) {
+        {
+            let lock = self.shared.pending.lock();
+            *lock.unwrap_or_else(PoisonError::into_inner) += 1;
+        }
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        if jobs.is_none() {
+            let (sender, receiver) = unbounded();
+            let shared = Arc::clone(&self.shared);
+            let thread = std::thread::Builder::new().name("gpu-scrub".into());
+            match thread.spawn(move || shared.work(&receiver)) {
+                // Not joined: it ends with its channel, and holds nothing but what it scrubs.
+                Ok(_thread) => *jobs = Some(sender),
+                Err(error) => tracing::error!(%error, "no thread for the scrubber"),
+            }
+        }
+        let sent = jobs
+            .as_ref()
+            .is_some_and(|jobs| jobs.send(Arc::clone(partition)).is_ok());
+        drop(jobs);
+        if !sent {
+            // Slow but safe: here and now.
+            self.shared.job(partition);
+        }
+    }
+}
+
+impl Shared {
+    fn work(&self, jobs: &Receiver<Arc<Partition>>) {
+        for partition in jobs {
+            self.job(&partition);
+        }
+    }
+
+    fn job(&self, partition: &Partition) {
+        let event = match partition.scrub() {
+            Ok(()) => Event::Scrubbed,
+            Err(error) => {
+                tracing::error!(%error, "HBM at {:#x} cannot be scrubbed", partition.base());
+                Event::ScrubFailed
+            }
+        };
+        if partition.incident(event, self.clock.now_ns()) == Duty::Notify {
+            self.notify();
+        }
+        let lock = self.pending.lock();
+        let mut pending = lock.unwrap_or_else(PoisonError::into_inner);
+        *pending = pending.saturating_sub(1);
+        self.done.notify_all();
+    }
+
+    fn notify(&self) {
+        self.irq
+            .raise(IrqBits::OWNERSHIP.bits(), pci::VECTOR_EVENTS);
+    }
+}
