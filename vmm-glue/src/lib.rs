@@ -1,3 +1,15 @@
-//! Touches the host.
+//! The only crate that touches the host.
+//!
+//! | module | what it is for |
+//! |---|---|
+//! | [`vfio_user`] | serves any PCI function to a VMM over a UNIX socket |
+//! | [`hbm`] | the memory that backs HBM, shared by device and VMM |
+//! | [`assets`] | the QEMU, firmware and kernels that `cargo xtask guest` provides |
+//! | [`run_dir`] | a private directory for a run's sockets, swept after a run that was killed |
+//! | [`sys`] | the system calls that need `unsafe` |
 
 pub mod assets;
+pub mod hbm;
+pub mod run_dir;
+pub mod sys;
+pub mod vfio_user;

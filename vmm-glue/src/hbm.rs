@@ -1,0 +1,411 @@
+//! Host memory behind one HBM partition: an anonymous file, or a file in a directory of the user's choice.
+//!
+//! Both are sparse: a page costs memory or disk once it is written. The VMM maps the very same file, so what a
+//! guest's CPU writes is what the device reads, with no copy between.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use numagpu_devices::bus::{BackingId, HbmStore};
+use rustix::fs::{
+    FallocateFlags, FileType, FlockOperation, MemfdFlags, Mode, OFlags, fallocate, fchmod, flock,
+    fstat, ftruncate, lstat, memfd_create, open, statvfs, unlink,
+};
+use rustix::io::Errno;
+use rustix::process::geteuid;
+use thiserror::Error;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileMemoryError, VolatileSlice};
+
+/// Why there is no backing memory.
+#[derive(Debug, Error)]
+pub enum HbmError {
+    /// Of size 0, or larger than a file or this process's address space can be.
+    #[error("HBM {name} of {size} bytes: 1 to {max} are possible", max = i64::MAX)]
+    Size {
+        /// Name of the partition.
+        name: String,
+        /// Bytes asked for.
+        size: u64,
+    },
+    /// The name is no file name.
+    #[error("HBM name {name:?} is no file name")]
+    Name {
+        /// Name of the partition.
+        name: String,
+    },
+    /// Another process uses the file.
+    #[error("HBM file {path} is in use by a running instance; choose another directory")]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Something that is not a file of this user's is where the file should be.
+    #[error("HBM file {path} exists and is no regular file of this user; it is left alone")]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The host cannot make the file.
+    #[error("directory {dir} cannot hold HBM {name}: {errno}; {size} bytes are needed, {} are free", in_words(*.free))]
+    Directory {
+        /// The directory.
+        dir: PathBuf,
+        /// Name of the partition.
+        name: String,
+        /// Bytes needed.
+        size: u64,
+        /// Bytes free there, if that is known.
+        free: Option<u64>,
+        /// The host's error.
+        errno: Errno,
+    },
+    /// The host cannot make or map the memory.
+    #[error("cannot {doing} {size} bytes for HBM {name}: {source}")]
+    Host {
+        /// What was tried.
+        doing: &'static str,
+        /// Name of the partition.
+        name: String,
+        /// Bytes.
+        size: u64,
+        /// The host's error.
+        source: io::Error,
+    },
+}
+
+/// A number of free bytes in words.
+fn in_words(bytes: Option<u64>) -> String {
+    bytes.map_or_else(|| "an unknown number".to_owned(), |free| free.to_string())
+}
+
+/// The memory of one HBM partition, mapped into this process, all zeros at first.
+#[derive(Debug)]
+pub struct HbmBacking {
+    file: Arc<File>,
+    region: MmapRegion,
+    size: u64,
+    id: BackingId,
+    /// Where the file is, if it has a name; it is removed at the end.
+    path: Option<PathBuf>,
+}
+
+/// Removes a named file unless it is kept until a backing owns it.
+struct Named(Option<PathBuf>);
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            let _ = unlink(path);
+        }
+    }
+}
+
+impl HbmBacking {
+    /// `size` bytes of anonymous memory; `name` shows in `/proc`.
+    ///
+    /// # Errors
+    /// [`HbmError::Size`], [`HbmError::Host`].
+    pub fn memfd(name: &str, size: u64) -> Result<Self, HbmError> {
+        check(name, size)?;
+        let host = |doing| {
+            move |errno: Errno| HbmError::Host {
+                doing,
+                name: name.to_owned(),
+                size,
+                source: errno.into(),
+            }
+        };
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let fd = memfd_create(name, flags).map_err(host("create a memory file of"))?;
+        ftruncate(&fd, size).map_err(host("size a memory file to"))?;
+        // Whoever is given the descriptor cannot cut the memory off under the device, which would kill it.
+        let seals = rustix::fs::SealFlags::SHRINK | rustix::fs::SealFlags::GROW;
+        rustix::fs::fcntl_add_seals(&fd, seals).map_err(host("seal a memory file of"))?;
+        Self::map(name, size, fd, Named(None))
+    }
+
+    /// `size` bytes in the file `name` in the existing directory `dir`, created with mode 0600, locked, and
+    /// removed when this is dropped. A file that a killed process left is taken over and emptied.
+    ///
+    /// # Errors
+    /// [`HbmError`]; nothing is left behind then.
+    pub fn in_dir(dir: &Path, name: &str, size: u64) -> Result<Self, HbmError> {
+        check(name, size)?;
+        let directory = |errno| HbmError::Directory {
+            dir: dir.to_owned(),
+            name: name.to_owned(),
+            size,
+            free: free_in(dir),
+            errno,
+        };
+        let path = dir.join(name);
+        let (fd, named) = claim(&path, directory)?;
+        ftruncate(&fd, 0).map_err(directory)?;
+        ftruncate(&fd, size).map_err(directory)?;
+        Self::map(name, size, fd, named)
+    }
+
+    /// The file's name, if it has one.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    fn map(name: &str, size: u64, fd: OwnedFd, mut named: Named) -> Result<Self, HbmError> {
+        let host = |source| HbmError::Host {
+            doing: "map",
+            name: name.to_owned(),
+            size,
+            source,
+        };
+        let stat = fstat(&fd).map_err(|errno| host(errno.into()))?;
+        let id = BackingId {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        };
+        let len = usize::try_from(size).map_err(|_| host(Errno::NOMEM.into()))?;
+        let file = Arc::new(File::from(fd));
+        // Shared, readable, writable, and nothing reserved.
+        let region = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(&file), 0), len)
+            .map_err(|error| host(io::Error::other(error)))?;
+        Ok(Self {
+            file,
+            region,
+            size,
+            id,
+            path: named.0.take(),
+        })
+    }
+
+    /// Overwrites everything with zeros, for file systems that cannot punch holes.
+    fn write_zeros(&self) -> io::Result<()> {
+        let zeros = vec![0; 1 << 20];
+        let mut at = 0;
+        while at < self.size {
+            let left = usize::try_from(self.size - at).unwrap_or(usize::MAX);
+            let piece = zeros.get(..left).unwrap_or(&zeros);
+            self.file.write_all_at(piece, at)?;
+            at += piece.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+fn check(name: &str, size: u64) -> Result<(), HbmError> {
+    let mut parts = Path::new(name).components();
+    let plain = matches!(parts.next(), Some(std::path::Component::Normal(part)) if part == name);
+    if !plain || name.contains('\0') {
+        return Err(HbmError::Name {
+            name: name.to_owned(),
+        });
+    }
+    match i64::try_from(size) {
+        Ok(1..) => Ok(()),
+        _ => Err(HbmError::Size {
+            name: name.to_owned(),
+            size,
+        }),
+    }
+}
+
+/// Opens or creates the file and locks it, so that no other process takes it over.
+fn claim(path: &Path, directory: impl Fn(Errno) -> HbmError) -> Result<(OwnedFd, Named), HbmError> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let foreign = || HbmError::Foreign {
+        path: path.to_owned(),
+    };
+    loop {
+        let fd = match open(path, flags, Mode::RUSR | Mode::WUSR) {
+            Err(Errno::LOOP | Errno::ISDIR | Errno::NXIO) => return Err(foreign()),
+            other => other.map_err(&directory)?,
+        };
+        let stat = fstat(&fd).map_err(&directory)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile
+            || stat.st_uid != geteuid().as_raw()
+        {
+            return Err(foreign());
+        }
+        match flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {
+                return Err(HbmError::InUse {
+                    path: path.to_owned(),
+                });
+            }
+            other => other.map_err(&directory)?,
+        }
+        // The last owner may have removed the name between the opening and the lock.
+        let same =
+            lstat(path).is_ok_and(|now| (now.st_dev, now.st_ino) == (stat.st_dev, stat.st_ino));
+        if same {
+            let named = Named(Some(path.to_owned()));
+            fchmod(&fd, Mode::RUSR | Mode::WUSR).map_err(&directory)?;
+            return Ok((fd, named));
+        }
+    }
+}
+
+/// Bytes that this user can still write in a directory.
+fn free_in(dir: &Path) -> Option<u64> {
+    let stat = statvfs(dir).ok()?;
+    stat.f_bavail.checked_mul(stat.f_frsize)
+}
+
+impl Drop for HbmBacking {
+    fn drop(&mut self) {
+        if let Some(path) = self.path.take() {
+            // The lock is held, so the name is this very file's.
+            let _ = unlink(&path);
+        }
+    }
+}
+
+impl AsFd for HbmBacking {
+    /// The file, to hand to a VMM.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl HbmStore for HbmBacking {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn slice(&self, offset: u64, len: u64) -> Result<VolatileSlice<'_>, VolatileMemoryError> {
+        let narrow = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        self.region.get_slice(narrow(offset), narrow(len))
+    }
+
+    fn backing(&self) -> (BackingId, u64) {
+        (self.id, 0)
+    }
+
+    fn scrub(&self) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        loop {
+            match fallocate(&*self.file, flags, 0, self.size) {
+                Err(Errno::INTR) => {}
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => return self.write_zeros(),
+                other => return Ok(other?),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+    use vm_memory::Bytes as _;
+
+    const GIB: u64 = 1 << 30;
+
+    /// What both kinds of backing have to do.
+    fn laws(hbm: &HbmBacking) {
+        assert_eq!(hbm.size(), GIB);
+        let meta = hbm.file.metadata().unwrap();
+        assert_eq!(meta.len(), GIB);
+        assert_eq!(meta.blocks(), 0, "nothing is touched yet");
+        let id = BackingId {
+            device: meta.dev(),
+            inode: meta.ino(),
+        };
+        assert_eq!(hbm.backing(), (id, 0));
+
+        let last = hbm.slice(GIB - 8, 8).unwrap();
+        last.write_slice(b"ABCDEFGH", 0).unwrap();
+        let mut seen = [0; 8];
+        hbm.file.read_exact_at(&mut seen, GIB - 8).unwrap();
+        assert_eq!(&seen, b"ABCDEFGH");
+        assert!(hbm.slice(GIB - 8, 9).is_err());
+        assert!(hbm.slice(u64::MAX, 1).is_err());
+
+        hbm.scrub().unwrap();
+        last.read_slice(&mut seen, 0).unwrap();
+        assert_eq!(seen, [0; 8]);
+        hbm.file.read_exact_at(&mut seen, GIB - 8).unwrap();
+        assert_eq!(seen, [0; 8]);
+        assert_eq!(hbm.file.metadata().unwrap().len(), GIB);
+    }
+
+    #[test]
+    fn memfd_is_sparse_shared_and_scrubbed() {
+        let hbm = HbmBacking::memfd("gpu0.hbm0", GIB).unwrap();
+        laws(&hbm);
+        assert_eq!(hbm.file.metadata().unwrap().blocks(), 0);
+        assert!(hbm.file.set_len(GIB / 2).is_err(), "sealed");
+    }
+
+    #[test]
+    fn file_is_sparse_shared_scrubbed_private_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let hbm = HbmBacking::in_dir(dir.path(), "gpu0.hbm0", GIB).unwrap();
+        laws(&hbm);
+        let path = hbm.path().unwrap().to_owned();
+        let mode = path.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        drop(hbm);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn zeros_are_written_where_holes_cannot_be_punched() {
+        let hbm = HbmBacking::memfd("x", (3 << 20) + 5).unwrap();
+        let all = hbm.slice(0, hbm.size()).unwrap();
+        all.write_slice(&vec![7; all.len()], 0).unwrap();
+        hbm.write_zeros().unwrap();
+        let mut seen = vec![1; all.len()];
+        all.read_slice(&mut seen, 0).unwrap();
+        assert!(seen.iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_live_file_is_refused_and_a_stale_one_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let live = HbmBacking::in_dir(dir.path(), "hbm", 4096).unwrap();
+        live.slice(0, 1).unwrap().write_obj(9_u8, 0).unwrap();
+        let error = HbmBacking::in_dir(dir.path(), "hbm", 4096).unwrap_err();
+        assert!(matches!(error, HbmError::InUse { .. }), "{error}");
+        assert!(dir.path().join("hbm").exists());
+        drop(live);
+
+        std::fs::write(dir.path().join("hbm"), [1; 10_000]).unwrap();
+        let taken = HbmBacking::in_dir(dir.path(), "hbm", 8192).unwrap();
+        assert_eq!(taken.file.metadata().unwrap().len(), 8192);
+        let byte: u8 = taken.slice(0, 1).unwrap().read_obj(0).unwrap();
+        assert_eq!(byte, 0);
+    }
+
+    #[test]
+    fn errors_name_the_directory_the_need_and_what_is_free() {
+        let none = Path::new("/nonexistent/hbm");
+        let text = HbmBacking::in_dir(none, "gpu0", 77).unwrap_err();
+        let text = text.to_string();
+        assert!(text.contains("/nonexistent/hbm") && text.contains("77 bytes"));
+        assert!(!text.contains('\n'), "{text}");
+
+        let dir = tempfile::tempdir().unwrap();
+        let huge = HbmBacking::in_dir(dir.path(), "gpu0", i64::MAX as u64);
+        let huge = huge.unwrap_err();
+        assert!(huge.to_string().contains("are needed"), "{huge}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+
+        for name in ["", ".", "..", "a/b", "/a", "a/"] {
+            let error = HbmBacking::in_dir(dir.path(), name, 1).unwrap_err();
+            assert!(matches!(error, HbmError::Name { .. }), "{name:?}");
+        }
+        assert!(matches!(
+            HbmBacking::memfd("x", 0),
+            Err(HbmError::Size { size: 0, .. })
+        ));
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
+        assert!(matches!(
+            HbmBacking::in_dir(dir.path(), "link", 1),
+            Err(HbmError::Foreign { .. })
+        ));
+    }
+}

@@ -1,0 +1,3 @@
+//! The only room with `unsafe`: what the host offers and no safe wrapper covers.
+
+pub mod child;

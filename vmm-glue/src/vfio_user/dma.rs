@@ -1,0 +1,526 @@
+//! The client's memory: what it mapped, and the function's way to it.
+//!
+//! An access holds the map that it uses, not a lock: maps come and go beside it, accesses may nest, and an unmap
+//! returns only when no access can use the memory any more.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{
+    Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
+};
+use std::time::Duration;
+
+use numagpu_devices::bus::{BackingId, DmaAccess, DmaError, DmaPort, Mapped};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::io::Errno;
+use thiserror::Error;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+use super::MAX_DMA_MAPS;
+use super::wire::DmaMap;
+
+/// `DMA_MAP` flag: the server may read.
+pub const READABLE: u32 = 1 << 0;
+
+/// `DMA_MAP` flag: the server may write.
+pub const WRITABLE: u32 = 1 << 1;
+
+/// How long an unmap sleeps before it looks again; accesses that end wake it before.
+const UNMAP_POLL: Duration = Duration::from_millis(1);
+
+/// Why a map or unmap is refused.
+#[derive(Debug, Error)]
+pub enum MapError {
+    /// Of size 0.
+    #[error("a map of 0 bytes at {address:#x}")]
+    Empty {
+        /// First address.
+        address: u64,
+    },
+    /// Past the last address or the last file offset.
+    #[error("{address:#x}..+{size:#x} at file offset {offset:#x} goes past the end of 64 bits")]
+    Wraps {
+        /// First address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+        /// Offset in the file.
+        offset: u64,
+    },
+    /// Flags that are not known, or that allow no access.
+    #[error("flags {0:#x}; 1 is readable, 2 is writable, 3 both")]
+    Flags(u32),
+    /// Over another map.
+    #[error("{address:#x}..+{size:#x} overlaps the map at {other:#x}..+{other_size:#x}")]
+    Overlap {
+        /// First address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+        /// First address of the map that is there.
+        other: u64,
+        /// Its bytes.
+        other_size: u64,
+    },
+    /// Too many maps.
+    #[error("{MAX_DMA_MAPS} maps exist already")]
+    TooMany,
+    /// Not a file that stays as long as it says.
+    #[error("the file descriptor is no regular file")]
+    NotAFile,
+    /// A file that ends inside the map.
+    #[error("the file has {len:#x} bytes; {size:#x} from {offset:#x} are to be mapped")]
+    ShortFile {
+        /// Bytes of the file.
+        len: u64,
+        /// Offset in the file.
+        offset: u64,
+        /// Bytes to map.
+        size: u64,
+    },
+    /// No map with just this range.
+    #[error("no map is exactly {address:#x}..+{size:#x}")]
+    NotMapped {
+        /// First address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// Dirty page tracking, which is not offered.
+    #[error("unmap with flags {0:#x}; dirty pages are not tracked")]
+    UnmapFlags(u32),
+    /// The host refused.
+    #[error("mapping {size:#x} bytes from file offset {offset:#x}: {errno}")]
+    Host {
+        /// Offset in the file.
+        offset: u64,
+        /// Bytes to map.
+        size: u64,
+        /// The host's error.
+        errno: Errno,
+    },
+}
+
+impl MapError {
+    /// The error number for the client.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Overlap { .. } => Errno::EXIST,
+            Self::TooMany => Errno::NOSPC,
+            Self::NotMapped { .. } => Errno::NOENT,
+            Self::UnmapFlags(_) => Errno::NOTSUP,
+            Self::Host { errno, .. } => *errno,
+            _ => Errno::INVAL,
+        }
+    }
+}
+
+/// One map. Its memory is unmapped when the last user drops it.
+#[derive(Debug)]
+struct Map {
+    address: u64,
+    size: u64,
+    flags: u32,
+    offset: u64,
+    memory: Option<Memory>,
+}
+
+/// What a map with a file descriptor shows.
+#[derive(Debug)]
+struct Memory {
+    id: BackingId,
+    region: MmapRegion,
+}
+
+impl Map {
+    /// The last address; sizes are never 0.
+    fn last(&self) -> u64 {
+        self.address + (self.size - 1)
+    }
+
+    fn contains(&self, address: u64) -> bool {
+        (self.address..=self.last()).contains(&address)
+    }
+
+    fn writable(&self) -> bool {
+        self.flags & WRITABLE != 0
+    }
+
+    /// Whether a request describes this very map.
+    fn is(&self, request: &DmaMap, id: Option<BackingId>) -> bool {
+        let memory = self.memory.as_ref().map(|memory| memory.id);
+        (self.address, self.size, self.flags, self.offset, memory)
+            == (
+                request.address,
+                request.size,
+                request.flags,
+                request.offset,
+                id,
+            )
+    }
+
+    /// Whether the map's memory can be reached that way.
+    fn check(&self, address: u64, len: u64, access: DmaAccess) -> Result<(), DmaError> {
+        let readable = self.flags & READABLE != 0;
+        match access {
+            DmaAccess::Write if !self.writable() => Err(DmaError::ReadOnly { address }),
+            DmaAccess::Read if !readable => Err(DmaError::Unmapped { address, len }),
+            _ if self.memory.is_none() => Err(DmaError::Unmapped { address, len }),
+            _ => Ok(()),
+        }
+    }
+
+    /// `len` bytes from `address`, both inside the map.
+    fn slice(&self, address: u64, len: u64) -> Option<VolatileSlice<'_>> {
+        let region = &self.memory.as_ref()?.region;
+        let offset = usize::try_from(address.checked_sub(self.address)?).ok()?;
+        region.get_slice(offset, usize::try_from(len).ok()?).ok()
+    }
+}
+
+/// One file may back many maps: its descriptor is kept once per way it was opened.
+type FileKey = (BackingId, OFlags);
+
+#[derive(Debug, Default)]
+struct Maps {
+    disconnected: bool,
+    by_address: BTreeMap<u64, Arc<Map>>,
+    files: HashMap<FileKey, Weak<File>>,
+}
+
+impl Maps {
+    fn at(&self, address: u64) -> Option<&Arc<Map>> {
+        let (_, map) = self.by_address.range(..=address).next_back()?;
+        map.contains(address).then_some(map)
+    }
+
+    /// The map with the lowest address that shares a byte with `first..=last`.
+    fn any_in(&self, first: u64, last: u64) -> Option<&Arc<Map>> {
+        let next = || self.by_address.range(first..=last).next().map(|(_, m)| m);
+        self.at(first).or_else(next)
+    }
+}
+
+/// The maps of one connection. Once disconnected it stays so: the next client gets a table of its own.
+#[derive(Debug, Default)]
+pub struct DmaTable {
+    maps: RwLock<Maps>,
+    /// Unmaps that wait for accesses to end.
+    waiting: AtomicUsize,
+    gate: Mutex<()>,
+    ended: Condvar,
+}
+
+/// A map in use by an access.
+struct InUse<'a> {
+    table: &'a DmaTable,
+    map: Option<Arc<Map>>,
+}
+
+impl Drop for InUse<'_> {
+    fn drop(&mut self) {
+        drop(self.map.take());
+        if self.table.waiting.load(Ordering::SeqCst) > 0 {
+            let gate = self.table.gate.lock();
+            self.table.ended.notify_all();
+            drop(gate);
+        }
+    }
+}
+
+impl DmaTable {
+    /// An empty table.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Number of maps.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.read().by_address.len()
+    }
+
+    /// Whether there are no maps.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Adds a map, of `fd`'s file if there is one. The descriptor is closed or kept by the table. A map that is
+    /// there already, the same in everything, is accepted and stays.
+    ///
+    /// # Errors
+    /// [`MapError`]; the table is then as before.
+    pub fn map(&self, request: &DmaMap, fd: Option<OwnedFd>) -> Result<(), MapError> {
+        let last = check(request)?;
+        let file = fd.map(|fd| open(request, fd)).transpose()?;
+        let mut maps = self.write();
+        if let Some(other) = maps.any_in(request.address, last) {
+            if other.is(request, file.as_ref().map(|((id, _), _)| *id)) {
+                return Ok(());
+            }
+            return Err(MapError::Overlap {
+                address: request.address,
+                size: request.size,
+                other: other.address,
+                other_size: other.size,
+            });
+        }
+        if maps.by_address.len() >= MAX_DMA_MAPS {
+            return Err(MapError::TooMany);
+        }
+        let memory = file
+            .map(|(key, file)| {
+                let file = maps.share(key, file);
+                memory(request, key.0, file)
+            })
+            .transpose()?;
+        let map = Map {
+            address: request.address,
+            size: request.size,
+            flags: request.flags,
+            offset: request.offset,
+            memory,
+        };
+        maps.by_address.insert(request.address, Arc::new(map));
+        Ok(())
+    }
+
+    /// Removes the map of exactly this range. When this returns no access uses it any more.
+    ///
+    /// # Errors
+    /// [`MapError::NotMapped`] if there is none.
+    pub fn unmap(&self, address: u64, size: u64) -> Result<(), MapError> {
+        let mut maps = self.write();
+        if maps
+            .by_address
+            .get(&address)
+            .is_none_or(|map| map.size != size)
+        {
+            return Err(MapError::NotMapped { address, size });
+        }
+        let map = maps.by_address.remove(&address);
+        drop(maps);
+        map.into_iter().for_each(|map| self.retire(map));
+        Ok(())
+    }
+
+    /// Removes all maps. When this returns no access uses any of them any more.
+    pub fn unmap_all(&self) {
+        let maps = std::mem::take(&mut self.write().by_address);
+        maps.into_values().for_each(|map| self.retire(map));
+    }
+
+    /// Removes all maps, and answers every access from now on with [`DmaError::Disconnected`].
+    pub fn disconnect(&self) {
+        self.write().disconnected = true;
+        self.unmap_all();
+    }
+
+    /// Waits until `map`, which is in the table no more, has no other user, and drops it.
+    fn retire(&self, mut map: Arc<Map>) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let mut gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match Arc::try_unwrap(map) {
+                Ok(map) => {
+                    drop(map);
+                    break;
+                }
+                Err(used) => map = used,
+            }
+            (gate, _) = self
+                .ended
+                .wait_timeout(gate, UNMAP_POLL)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(gate);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// The maps that `address..=last` goes through, in order, each fit for `access`.
+    fn pieces(
+        &self,
+        address: u64,
+        last: u64,
+        access: DmaAccess,
+    ) -> Result<(InUse<'_>, Vec<InUse<'_>>), DmaError> {
+        let len = last - address + 1;
+        let maps = self.read();
+        if maps.disconnected {
+            return Err(DmaError::Disconnected);
+        }
+        let find = |at: u64| -> Result<(InUse<'_>, u64), DmaError> {
+            let map = maps.at(at).ok_or(DmaError::Unmapped { address, len })?;
+            map.check(address, len, access)?;
+            let in_use = InUse {
+                table: self,
+                map: Some(Arc::clone(map)),
+            };
+            Ok((in_use, map.last()))
+        };
+        let (first, mut end) = find(address)?;
+        let mut more = Vec::new();
+        while end < last {
+            let (piece, piece_end) = find(end + 1)?;
+            more.push(piece);
+            end = piece_end;
+        }
+        Ok((first, more))
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Maps> {
+        self.maps.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Maps> {
+        self.maps.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Maps {
+    /// The descriptor kept for this file; `file` itself if there is none yet.
+    fn share(&mut self, key: FileKey, file: File) -> Arc<File> {
+        if let Some(kept) = self.files.get(&key).and_then(Weak::upgrade) {
+            return kept;
+        }
+        self.files.retain(|_, file| file.strong_count() > 0);
+        let file = Arc::new(file);
+        self.files.insert(key, Arc::downgrade(&file));
+        file
+    }
+}
+
+/// Checks the numbers of a map; its last address.
+fn check(request: &DmaMap) -> Result<u64, MapError> {
+    let DmaMap {
+        flags,
+        offset,
+        address,
+        size,
+    } = *request;
+    if flags == 0 || flags & !(READABLE | WRITABLE) != 0 {
+        return Err(MapError::Flags(flags));
+    }
+    if size == 0 {
+        return Err(MapError::Empty { address });
+    }
+    // The end of a file is a signed 64-bit number.
+    let file_end = offset.checked_add(size).map(i64::try_from);
+    match (address.checked_add(size - 1), file_end) {
+        (Some(last), Some(Ok(_))) => Ok(last),
+        _ => Err(MapError::Wraps {
+            address,
+            size,
+            offset,
+        }),
+    }
+}
+
+/// Checks that a map can never reach past the end of `fd`'s file as it is now.
+fn open(request: &DmaMap, fd: OwnedFd) -> Result<(FileKey, File), MapError> {
+    let host = |errno| MapError::Host {
+        offset: request.offset,
+        size: request.size,
+        errno,
+    };
+    let stat = fstat(fd.as_fd()).map_err(host)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(MapError::NotAFile);
+    }
+    let len = u64::try_from(stat.st_size).unwrap_or(0);
+    if request.offset + request.size > len {
+        return Err(MapError::ShortFile {
+            len,
+            offset: request.offset,
+            size: request.size,
+        });
+    }
+    let mode = fcntl_getfl(fd.as_fd()).map_err(host)? & OFlags::RWMODE;
+    let id = BackingId {
+        device: stat.st_dev,
+        inode: stat.st_ino,
+    };
+    Ok(((id, mode), File::from(fd)))
+}
+
+/// Maps a range of a file that was checked to be long enough.
+fn memory(request: &DmaMap, id: BackingId, file: Arc<File>) -> Result<Memory, MapError> {
+    let host = |errno| MapError::Host {
+        offset: request.offset,
+        size: request.size,
+        errno,
+    };
+    let size = usize::try_from(request.size).map_err(|_| host(Errno::NOMEM))?;
+    let prot = match request.flags & WRITABLE {
+        0 => libc::PROT_READ,
+        _ => libc::PROT_READ | libc::PROT_WRITE,
+    };
+    let region = MmapRegionBuilder::new(size)
+        .with_mmap_prot(prot)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .with_file_offset(FileOffset::from_arc(file, request.offset))
+        .build()
+        .map_err(|error| match error {
+            vm_memory::mmap::MmapRegionError::Mmap(error) => {
+                host(Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))
+            }
+            _ => host(Errno::INVAL),
+        })?;
+    Ok(Memory { id, region })
+}
+
+impl DmaPort for DmaTable {
+    fn access(
+        &self,
+        address: u64,
+        len: u64,
+        access: DmaAccess,
+        f: &mut dyn FnMut(VolatileSlice<'_>),
+    ) -> Result<(), DmaError> {
+        let unmapped = DmaError::Unmapped { address, len };
+        let Some(more) = len.checked_sub(1) else {
+            return Ok(());
+        };
+        let last = address.checked_add(more).ok_or(unmapped)?;
+        let (first, rest) = self.pieces(address, last, access)?;
+        let mut at = address;
+        for piece in std::iter::once(first).chain(rest) {
+            let Some(map) = &piece.map else { continue };
+            let end = map.last().min(last);
+            let slice = map.slice(at, end - at + 1).ok_or(unmapped)?;
+            f(slice);
+            at = end.wrapping_add(1);
+        }
+        Ok(())
+    }
+
+    fn mapped(&self, address: u64, len: u64) -> Mapped {
+        let Some(last) = len
+            .checked_sub(1)
+            .and_then(|more| address.checked_add(more))
+        else {
+            return Mapped::Nothing;
+        };
+        let maps = self.read();
+        let Some(map) = maps.any_in(address, last) else {
+            return Mapped::Nothing;
+        };
+        if !map.contains(address) || !map.contains(last) {
+            return Mapped::Partial;
+        }
+        match &map.memory {
+            None => Mapped::NoFd,
+            Some(memory) => Mapped::File {
+                id: memory.id,
+                offset: map.offset + (address - map.address),
+                writable: map.writable(),
+            },
+        }
+    }
+}

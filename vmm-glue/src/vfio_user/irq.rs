@@ -1,0 +1,154 @@
+//! Interrupts: the client's event descriptors, one per MSI-X vector (specification, `VFIO_USER_DEVICE_SET_IRQS`).
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{PoisonError, RwLock};
+
+use numagpu_devices::bus::InterruptSink;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+use super::wire::{Refusal, SetIrqs};
+
+/// Number of interrupt indices of a PCI device: INTx, MSI, MSI-X, ERR, REQ (`VFIO_PCI_NUM_IRQS`).
+pub const COUNT: u32 = 5;
+
+/// Index of MSI-X (`VFIO_PCI_MSIX_IRQ_INDEX`).
+pub const MSIX: u32 = 2;
+
+/// `VFIO_IRQ_INFO_EVENTFD`.
+const INFO_EVENTFD: u32 = 1 << 0;
+
+const DATA_NONE: u32 = 1 << 0;
+const DATA_BOOL: u32 = 1 << 1;
+const DATA_EVENTFD: u32 = 1 << 2;
+const ACTION_TRIGGER: u32 = 1 << 5;
+
+const TRIGGER_NONE: u32 = ACTION_TRIGGER | DATA_NONE;
+const TRIGGER_BOOL: u32 = ACTION_TRIGGER | DATA_BOOL;
+const TRIGGER_EVENTFD: u32 = ACTION_TRIGGER | DATA_EVENTFD;
+
+/// The vectors of one connection and who listens to each.
+#[derive(Debug)]
+pub struct IrqTable {
+    vectors: RwLock<Vec<Option<OwnedFd>>>,
+    count: u16,
+}
+
+impl IrqTable {
+    /// A table for `count` MSI-X vectors, which nobody listens to yet.
+    #[must_use]
+    pub fn new(count: u16) -> Self {
+        Self {
+            vectors: RwLock::new((0..count).map(|_| None).collect()),
+            count,
+        }
+    }
+
+    /// `VFIO_IRQ_INFO_*` flags and number of vectors of an interrupt index. All but MSI-X have none.
+    ///
+    /// # Errors
+    /// [`Refusal::Irq`] if the index is not below [`COUNT`].
+    pub fn info(&self, index: u32) -> Result<(u32, u32), Refusal> {
+        match index {
+            MSIX => Ok((INFO_EVENTFD, self.count.into())),
+            0..COUNT => Ok((0, 0)),
+            _ => Err(Refusal::Irq {
+                index,
+                start: 0,
+                count: 0,
+                have: 0,
+            }),
+        }
+    }
+
+    /// Carries out `SET_IRQS`. Event descriptors are taken out of `fds`; de-assigned ones are closed.
+    ///
+    /// # Errors
+    /// [`Refusal::Irq`] if vectors do not exist, [`Refusal::IrqFlags`] if flags, count and descriptors do not
+    /// fit together or ask for masking, which clients do themselves. Nothing has changed then.
+    pub fn set(&self, request: &SetIrqs<'_>, fds: &mut Vec<OwnedFd>) -> Result<(), Refusal> {
+        let SetIrqs {
+            flags,
+            index,
+            start,
+            count,
+            data,
+        } = *request;
+        let (_, have) = self.info(index)?;
+        let flags_refused = Refusal::IrqFlags {
+            flags,
+            count,
+            fds: fds.len(),
+        };
+        if flags != TRIGGER_EVENTFD && !fds.is_empty() {
+            return Err(flags_refused);
+        }
+        if (flags, start, count) == (TRIGGER_NONE, 0, 0) {
+            self.disable();
+            return Ok(());
+        }
+        if count == 0 || start.checked_add(count).is_none_or(|end| end > have) {
+            return Err(Refusal::Irq {
+                index,
+                start,
+                count,
+                have,
+            });
+        }
+        // Vectors were just checked against a 16-bit count.
+        let vector = |n: u32| u16::try_from(start + n).unwrap_or(u16::MAX);
+        match flags {
+            TRIGGER_EVENTFD if fds.is_empty() => self.assign(start, count, std::iter::empty()),
+            TRIGGER_EVENTFD if fds.len() == count as usize => {
+                fds.iter().for_each(do_not_block);
+                self.assign(start, count, fds.drain(..));
+            }
+            TRIGGER_NONE => (0..count).for_each(|n| {
+                self.trigger(vector(n));
+            }),
+            TRIGGER_BOOL if data.len() >= count as usize => {
+                for (n, wanted) in (0..count).zip(data) {
+                    if *wanted != 0 {
+                        self.trigger(vector(n));
+                    }
+                }
+            }
+            _ => return Err(flags_refused),
+        }
+        Ok(())
+    }
+
+    /// Closes all event descriptors.
+    pub fn disable(&self) {
+        let mut vectors = self.vectors.write().unwrap_or_else(PoisonError::into_inner);
+        vectors.iter_mut().for_each(|vector| *vector = None);
+    }
+
+    /// Gives `count` vectors from `start` their descriptors, or none where `fds` ends.
+    fn assign(&self, start: u32, count: u32, mut fds: impl Iterator<Item = OwnedFd>) {
+        let mut vectors = self.vectors.write().unwrap_or_else(PoisonError::into_inner);
+        let chosen = vectors.iter_mut().skip(start as usize).take(count as usize);
+        chosen.for_each(|vector| *vector = fds.next());
+    }
+}
+
+/// Sees to it that a client with a full counter cannot block the device. If the descriptor refuses, it is none
+/// that a write blocks on.
+fn do_not_block(fd: &OwnedFd) {
+    if let Ok(flags) = fcntl_getfl(fd)
+        && !flags.contains(OFlags::NONBLOCK)
+    {
+        let _ = fcntl_setfl(fd, flags | OFlags::NONBLOCK);
+    }
+}
+
+impl InterruptSink for IrqTable {
+    fn trigger(&self, vector: u16) -> bool {
+        let vectors = self.vectors.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(Some(fd)) = vectors.get(usize::from(vector)) else {
+            return false;
+        };
+        // A full counter (EAGAIN) means that an interrupt is pending already.
+        let sent = rustix::io::write(fd.as_fd(), &1_u64.to_ne_bytes());
+        matches!(sent, Ok(_) | Err(rustix::io::Errno::AGAIN))
+    }
+}

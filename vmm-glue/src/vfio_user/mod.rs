@@ -1,0 +1,46 @@
+//! A vfio-user server for any [`PciFunction`](numagpu_devices::bus::PciFunction).
+//!
+//! One [`Server`] serves one function on one UNIX socket to one client at a time. Its parts, from the socket
+//! inwards:
+//!
+//! - [`server`]: the listening socket, its threads, who may connect and when, shutdown.
+//! - [`framing`]: bytes and file descriptors of the stream become messages, however the stream is cut.
+//! - [`wire`]: messages become validated requests, results become replies. Pure.
+//! - [`session`]: one connection's life: version first and once, then any request in order.
+//! - [`regions`]: which accesses a function's regions take.
+//! - [`dma`]: guest memory that the client mapped, as the function's `DmaPort`.
+//! - [`irq`]: the client's event descriptors, as the function's `InterruptSink`.
+//!
+//! Not here: mappable regions, `DMA_READ`/`DMA_WRITE` to the client, migration, interrupts other than MSI-X.
+//!
+//! "The specification" in this module is QEMU's `docs/interop/vfio-user.rst`, protocol 0.0.
+
+pub mod dma;
+pub mod framing;
+pub mod irq;
+pub mod regions;
+pub mod server;
+pub mod session;
+pub mod version;
+pub mod wire;
+
+pub use server::{Server, ServerError, Stopper};
+
+/// Most data bytes of one region access (`max_data_xfer_size`), which is the specification's default.
+pub const MAX_TRANSFER: usize = 1 << 20;
+
+/// Most file descriptors taken with one message. QEMU and Cloud Hypervisor send up to 16 whatever was
+/// negotiated.
+pub const MAX_FDS: usize = 16;
+
+/// Most DMA maps at a time (`max_dma_maps`), which is the specification's default.
+pub const MAX_DMA_MAPS: usize = 65_535;
+
+/// Page sizes of DMA maps, or'ed together (`pgsizes`).
+pub const PAGE_SIZES: u64 = 4096;
+
+/// Longest message taken, header included: the largest region write, and as much again as any other
+/// command's fixed part needs.
+pub const MAX_MESSAGE: usize = MAX_TRANSFER + 4096;
+
+const _: () = assert!(MAX_MESSAGE <= u32::MAX as usize && usize::BITS >= 64);

@@ -1,0 +1,186 @@
+//! Negotiation of version and capabilities (specification, `VFIO_USER_VERSION`).
+
+use std::fmt::Write as _;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+
+use super::wire::Refusal;
+use super::{MAX_DMA_MAPS, MAX_FDS, MAX_TRANSFER, PAGE_SIZES};
+
+/// Major version spoken.
+pub const MAJOR: u16 = 0;
+
+/// Highest minor version spoken.
+pub const MINOR: u16 = 0;
+
+/// Longest version data read. QEMU sends 194 bytes.
+const MAX_DATA: usize = 4096;
+
+/// The version data of a client. Keys that are not listed are ignored.
+#[derive(Default, Deserialize)]
+struct Proposal {
+    #[serde(default)]
+    capabilities: Capabilities,
+}
+
+/// The capabilities that can be answered.
+#[derive(Default, Deserialize)]
+struct Capabilities {
+    max_msg_fds: Option<IgnoredAny>,
+    max_data_xfer_size: Option<IgnoredAny>,
+    pgsizes: Option<IgnoredAny>,
+    max_dma_maps: Option<IgnoredAny>,
+    #[serde(default)]
+    write_multiple: bool,
+}
+
+/// Agrees to a proposal: the minor version, and the version data of the reply with its terminating NUL.
+///
+/// The reply names only capabilities that the client named, and its data is never longer than the client's,
+/// which QEMU has no room for; what does not fit is left out, most important first in.
+///
+/// # Errors
+/// [`Refusal::Version`] if the major version differs, [`Refusal::VersionData`] if `data` is neither empty nor
+/// NUL-terminated JSON of at most 4096 bytes.
+pub fn negotiate(major: u16, minor: u16, data: &[u8]) -> Result<(u16, String), Refusal> {
+    if major != MAJOR {
+        return Err(Refusal::Version { major, minor });
+    }
+    let proposal = parse(data)?.unwrap_or_default();
+    // The lower of the two minor versions, and ours is the lowest there is.
+    const { assert!(MINOR == 0) };
+    Ok((MINOR, answer(&proposal.capabilities, data.len())))
+}
+
+fn parse(data: &[u8]) -> Result<Option<Proposal>, Refusal> {
+    let wrong = |why: &str| Refusal::VersionData {
+        len: data.len(),
+        why: why.to_owned(),
+    };
+    let Some((terminator, json)) = data.split_last() else {
+        return Ok(None);
+    };
+    if data.len() > MAX_DATA {
+        return Err(wrong("longer than 4096 bytes"));
+    }
+    if *terminator != 0 {
+        return Err(wrong("no terminating NUL"));
+    }
+    if json.is_empty() {
+        return Ok(None);
+    }
+    serde_json::from_slice(json)
+        .map(Some)
+        .map_err(|error| wrong(&error.to_string()))
+}
+
+fn answer(theirs: &Capabilities, room: usize) -> String {
+    const OPEN: &str = "{\"capabilities\":{";
+    const CLOSE: &str = "}}\0";
+    let mut capabilities = String::new();
+    let offers = [
+        (theirs.max_msg_fds.is_some(), "max_msg_fds", MAX_FDS as u64),
+        (
+            theirs.max_data_xfer_size.is_some(),
+            "max_data_xfer_size",
+            MAX_TRANSFER as u64,
+        ),
+        (theirs.pgsizes.is_some(), "pgsizes", PAGE_SIZES),
+        (
+            theirs.max_dma_maps.is_some(),
+            "max_dma_maps",
+            MAX_DMA_MAPS as u64,
+        ),
+    ];
+    let mut offer = |text: String| {
+        let comma = usize::from(!capabilities.is_empty());
+        let len = OPEN.len() + capabilities.len() + comma + text.len() + CLOSE.len();
+        if len <= room {
+            // Writing to a string cannot fail.
+            let _ = write!(capabilities, "{}{text}", if comma == 1 { "," } else { "" });
+        }
+    };
+    if theirs.write_multiple {
+        offer("\"write_multiple\":true".to_owned());
+    }
+    for (_, key, value) in offers.iter().filter(|(named, _, _)| *named) {
+        offer(format!("\"{key}\":{value}"));
+    }
+    if !capabilities.is_empty() {
+        format!("{OPEN}{capabilities}{CLOSE}")
+    } else if room >= 3 {
+        "{}\0".to_owned()
+    } else {
+        String::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const QEMU: &str = concat!(
+        r#"{"capabilities":{"pgsizes":4096,"max_msg_fds":16,"max_dma_maps":65535,"#,
+        r#""max_data_xfer_size":1048576,"migration":{"pgsize":4096},"write_multiple":true}}"#,
+        "\0"
+    );
+
+    #[test]
+    fn everything_named_is_answered_in_no_more_room() {
+        let (minor, reply) = negotiate(0, 3, QEMU.as_bytes()).unwrap();
+        assert_eq!(minor, 0);
+        assert!(reply.len() <= QEMU.len());
+        let json: serde_json::Value = serde_json::from_str(reply.trim_end_matches('\0')).unwrap();
+        let caps = &json["capabilities"];
+        assert_eq!(caps["max_msg_fds"], 16);
+        assert_eq!(caps["max_data_xfer_size"], 1 << 20);
+        assert_eq!(caps["pgsizes"], 4096);
+        assert_eq!(caps["max_dma_maps"], 65_535);
+        assert_eq!(caps["write_multiple"], true);
+        assert!(caps.get("migration").is_none());
+    }
+
+    #[test]
+    fn the_reply_never_outgrows_the_request() {
+        let all = [
+            "max_msg_fds",
+            "max_data_xfer_size",
+            "pgsizes",
+            "max_dma_maps",
+        ];
+        for n in 0..16_u32 {
+            let named: Vec<_> = (0..4).filter(|bit| n & (1 << bit) != 0).collect();
+            let body: Vec<_> = named.iter().map(|i| format!("\"{}\":1", all[*i])).collect();
+            let data = format!("{{\"capabilities\":{{{}}}}}\0", body.join(","));
+            let (_, reply) = negotiate(0, 0, data.as_bytes()).unwrap();
+            assert!(reply.len() <= data.len(), "{data} -> {reply}");
+            assert!(reply.ends_with('\0'));
+            let json = reply.trim_end_matches('\0');
+            serde_json::from_str::<serde_json::Value>(json).unwrap();
+        }
+    }
+
+    #[test]
+    fn empty_proposals_are_fine() {
+        assert_eq!(negotiate(0, 0, b"").unwrap().1, "");
+        assert_eq!(negotiate(0, 0, b"\0").unwrap().1, "");
+        assert_eq!(negotiate(0, 0, b"{}\0").unwrap().1, "{}\0");
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for data in [&b"{}"[..], b"x\0", b"[1]\0", b"{\"capabilities\":3}\0"] {
+            assert!(matches!(
+                negotiate(0, 0, data),
+                Err(Refusal::VersionData { .. })
+            ));
+        }
+        let long = vec![b' '; 5000];
+        assert!(negotiate(0, 0, &long).is_err());
+        assert!(matches!(
+            negotiate(1, 0, b"{}\0"),
+            Err(Refusal::Version { major: 1, .. })
+        ));
+    }
+}
