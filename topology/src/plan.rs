@@ -193,6 +193,20 @@ impl Plan {
             .map(|node| node.linux_node)
     }
 
+    /// Names of the Generic Initiator objects in the order in which QEMU walks them.
+    pub fn initiator_order(&self) -> Vec<String> {
+        let names: Vec<String> = self.hbm().filter_map(|hbm| hbm.initiator.clone()).collect();
+        let cpu_nodes = self
+            .nodes
+            .iter()
+            .filter(|node| node.kind == NodeKind::Cpu)
+            .count();
+        let backends = backend_names(cpu_nodes, self.hbm().count());
+        let mut order = qom::walk_order(&qom::creation_order(&names, &backends));
+        order.retain(|name| names.contains(name));
+        order
+    }
+
     /// Number of CPUs.
     pub fn cpu_count(&self) -> usize {
         self.nodes.iter().map(|node| node.cpus.len()).sum()

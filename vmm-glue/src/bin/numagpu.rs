@@ -1,3 +1,0 @@
-//! The `numagpu` command.
-
-fn main() {}

@@ -1,0 +1,40 @@
+//! Finds a machine by preset name or file, and plans it.
+
+use std::path::Path;
+
+use anyhow::anyhow;
+use numagpu_topology::{Plan, preset};
+
+use crate::Failure;
+
+/// Largest description that is read; the largest preset has under 10 KiB.
+const MAX_FILE: u64 = 4 << 20;
+
+/// Plans a preset or a file.
+pub fn load(machine: &str) -> Result<Plan, Failure> {
+    let (file, text) = match preset::find(machine) {
+        Some(preset) => (preset.name.to_owned(), preset.source.to_owned()),
+        None => (machine.to_owned(), read(machine).map_err(Failure::Input)?),
+    };
+    let machine =
+        numagpu_topology::parse(&file, &text).map_err(|error| Failure::Input(error.into()))?;
+    numagpu_topology::plan(&machine).map_err(|error| Failure::Input(error.into()))
+}
+
+fn read(machine: &str) -> anyhow::Result<String> {
+    let path = Path::new(machine);
+    let names: Vec<&str> = preset::ALL.iter().map(|preset| preset.name).collect();
+    let metadata = std::fs::metadata(path).map_err(|error| {
+        anyhow!(
+            "`{machine}` is neither a preset ({}) nor a file: {error}",
+            names.join(", ")
+        )
+    })?;
+    if metadata.len() > MAX_FILE {
+        return Err(anyhow!(
+            "{machine} has {} bytes; a machine description has at most {MAX_FILE}",
+            metadata.len()
+        ));
+    }
+    std::fs::read_to_string(path).map_err(|error| anyhow!("read {machine}: {error}"))
+}

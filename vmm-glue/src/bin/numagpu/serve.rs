@@ -1,0 +1,68 @@
+//! `numagpu serve`.
+
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, anyhow};
+use numagpu_topology::Plan;
+use numagpu_vmm_glue::instance::Instance;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::args::ServeArgs;
+use crate::{Failure, machine};
+
+/// Links that are removed at the end.
+struct Links(Vec<PathBuf>);
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        for link in &self.0 {
+            let _ = std::fs::remove_file(link);
+        }
+    }
+}
+
+/// Serves until a signal comes.
+pub fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
+    let plan = machine::load(&args.machine)?;
+    if !args.socket_dir.is_dir() {
+        let dir = args.socket_dir.display();
+        return Err(Failure::Failed(anyhow!(
+            "--socket-dir {dir} is not a directory; make it, mode 0700"
+        )));
+    }
+    // Before the first thread, so that no signal is missed.
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("listen for signals")?;
+    let instance = Instance::start(&plan, &args.socket_dir, args.hbm_dir.as_deref())?;
+    let mut links = Links(Vec::new());
+    if args.hbm_dir.is_none() {
+        // A name for memory that has none: whoever opens the link gets the memory file.
+        let files = plan
+            .gpus
+            .iter()
+            .flat_map(|gpu| (0..gpu.hbm.len()).map(move |part| Plan::hbm_file(gpu, part)));
+        for (name, fd) in files.zip(instance.hbm_fds()) {
+            let link = args.socket_dir.join(name);
+            if link.is_symlink() {
+                std::fs::remove_file(&link)
+                    .with_context(|| format!("replace {}", link.display()))?;
+            }
+            let target = format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
+            symlink(target, &link).with_context(|| format!("link {}", link.display()))?;
+            links.0.push(link);
+        }
+    }
+    for socket in instance.sockets() {
+        println!("{}", socket.display());
+    }
+    println!("ready: {} GPU(s)", plan.gpus.len());
+    io::stdout().flush()?;
+    let signal = signals.forever().next();
+    tracing::info!(?signal, "stopping");
+    drop(instance);
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,264 @@
+//! One guest, from QEMU's start to its end.
+
+use std::fs;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use numagpu_topology::Plan;
+use numagpu_topology::qemu::{self, Host};
+use numagpu_topology::seen::{Message, Report};
+use serde_json::json;
+
+use super::report::{self, Heard};
+use super::{Options, RunError, Watch};
+use crate::instance::Instance;
+use crate::qmp::Qmp;
+use crate::sys::child::spawn_tied;
+
+/// How often a run looks whether QEMU still lives or a signal has come.
+const TICK: Duration = Duration::from_millis(50);
+/// How long QEMU may take to end once the guest has powered off or it was told to quit.
+const ENDING: Duration = Duration::from_secs(20);
+
+/// Tells a run to stop.
+#[derive(Clone, Debug, Default)]
+pub struct Interrupt(Arc<AtomicI32>);
+
+impl Interrupt {
+    /// Stops the run, as this signal would.
+    pub fn raise(&self, signal: i32) {
+        self.0.store(signal, Ordering::Release);
+    }
+
+    /// The signal, if there was one.
+    pub fn raised(&self) -> Option<i32> {
+        Some(self.0.load(Ordering::Acquire)).filter(|signal| *signal != 0)
+    }
+}
+
+/// A QEMU that is killed and reaped when this is dropped.
+struct Qemu(Child);
+
+impl Qemu {
+    fn start(
+        options: &Options,
+        arguments: &[String],
+        log: &Path,
+        hbm: &[BorrowedFd<'_>],
+    ) -> Result<Qemu, RunError> {
+        let failed = |doing| move |source| RunError::Host { doing, source };
+        let mut command = Command::new(&options.qemu);
+        command.args(arguments).args(&options.qemu_arguments);
+        if options.agent {
+            let log = fs::File::create(log).map_err(failed("create QEMU's log"))?;
+            let errors = log.try_clone().map_err(failed("create QEMU's log"))?;
+            command.stdin(Stdio::null()).stdout(log).stderr(errors);
+        }
+        spawn_tied(command, hbm)
+            .map(Qemu)
+            .map_err(failed("start QEMU"))
+    }
+
+    fn ended(&mut self) -> Option<ExitStatus> {
+        self.0.try_wait().ok().flatten()
+    }
+
+    /// Waits for its end; false if it does not come.
+    fn wait(&mut self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        while Instant::now() < deadline {
+            if self.ended().is_some() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        false
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // Both fail only if it is gone and reaped.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The last lines of a file, for an error message.
+fn tail(title: &str, path: &Path) -> String {
+    let text = fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let lines: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .collect();
+    let last = lines
+        .get(lines.len().saturating_sub(15)..)
+        .unwrap_or_default();
+    let clean = |line: &&str| {
+        line.chars()
+            .filter(|c| !c.is_control())
+            .take(200)
+            .collect::<String>()
+    };
+    let last: Vec<String> = last.iter().map(clean).collect();
+    if last.is_empty() {
+        String::new()
+    } else {
+        format!("\n{title}:\n  {}", last.join("\n  "))
+    }
+}
+
+/// Boots the guest and waits for its report or its end.
+pub(super) fn boot(
+    plan: &Plan,
+    options: &Options,
+    mut host: Host,
+    instance: &Instance,
+    directory: &Path,
+    interrupt: &Interrupt,
+    watch: &mut dyn Watch,
+) -> Result<Option<Report>, RunError> {
+    let started = Instant::now();
+    let console = options
+        .console
+        .clone()
+        .unwrap_or_else(|| directory.join("console.log"));
+    let (log, report_socket, qmp_socket) = (
+        directory.join("qemu.log"),
+        directory.join("report.sock"),
+        directory.join("qmp.sock"),
+    );
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let (sender, heard) = channel();
+    if options.agent {
+        report::listen(&report_socket, sender).map_err(|source| RunError::Host {
+            doing: "listen for the guest's report",
+            source,
+        })?;
+        host.report = Some(text(&report_socket));
+        host.console = Some(text(&console));
+    }
+    host.qmp = Some(text(&qmp_socket));
+    let mut arguments = qemu::arguments(plan, &host)?;
+    // It waits for us, so that its objects can be looked at before the tables are built.
+    arguments.push("-S".to_owned());
+    let mut qemu = Qemu::start(options, &arguments, &log, &instance.hbm_fds())?;
+    let tails = || format!("{}{}", tail("QEMU", &log), tail("guest console", &console));
+    let ended = |status: ExitStatus| RunError::Ended {
+        status: status.to_string(),
+        tail: tails(),
+    };
+
+    let deadline = started + options.timeout;
+    let connected = Qmp::connect(&qmp_socket, deadline, || {
+        qemu.ended().is_none() && interrupt.raised().is_none()
+    });
+    let mut qmp = match connected {
+        Ok(qmp) => qmp,
+        Err(error) => {
+            if let Some(signal) = interrupt.raised() {
+                return Err(RunError::Interrupted { signal });
+            }
+            // QEMU's own last words say more than a refused connection.
+            return Err(if qemu.wait(Duration::from_secs(1)) {
+                ended(qemu.ended().unwrap_or_default())
+            } else {
+                error.into()
+            });
+        }
+    };
+    check_order(plan, &mut qmp, watch)?;
+    qmp.execute("cont", json!({}))?;
+    watch.progress(&format!("QEMU runs ({}), the guest boots", host.accel));
+
+    let result = wait(
+        options, &mut qemu, &heard, interrupt, watch, started, &tails,
+    );
+    if matches!(result, Ok(Some(_))) && !qemu.wait(ENDING) {
+        watch.warning("the guest did not power off; QEMU is told to quit");
+    }
+    if qemu.ended().is_none() && qmp.execute("quit", json!({})).is_ok() {
+        qemu.wait(ENDING);
+    }
+    result
+}
+
+/// Whether QEMU walks the Generic Initiators as the plan has worked out.
+fn check_order(plan: &Plan, qmp: &mut Qmp, watch: &mut dyn Watch) -> Result<(), RunError> {
+    let planned = plan.initiator_order();
+    let objects = qmp.objects()?;
+    let walked: Vec<&String> = objects
+        .iter()
+        .filter(|name| planned.contains(name))
+        .collect();
+    if !walked.iter().copied().eq(&planned) {
+        watch.warning(&format!(
+            "QEMU walks its Generic Initiators as {walked:?}, not as {planned:?}: Linux's node numbers will not be the planned ones"
+        ));
+    }
+    Ok(())
+}
+
+fn wait(
+    options: &Options,
+    qemu: &mut Qemu,
+    heard: &Receiver<Heard>,
+    interrupt: &Interrupt,
+    watch: &mut dyn Watch,
+    started: Instant,
+    tails: &dyn Fn() -> String,
+) -> Result<Option<Report>, RunError> {
+    loop {
+        if let Some(signal) = interrupt.raised() {
+            return Err(RunError::Interrupted { signal });
+        }
+        match heard.recv_timeout(TICK) {
+            Ok(Heard::Message(Message::Progress { text }, _)) => watch.progress(&text),
+            Ok(Heard::Message(Message::Held { patterns }, answer)) => {
+                let written = watch.held(&patterns);
+                answer.patterns(&written).map_err(|source| RunError::Host {
+                    doing: "answer the guest",
+                    source,
+                })?;
+            }
+            Ok(Heard::Message(Message::Report(report), _)) => return Ok(Some(*report)),
+            Ok(Heard::Nonsense(what)) => return Err(RunError::Report { what }),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => std::thread::sleep(TICK),
+        }
+        if let Some(status) = qemu.ended() {
+            // What the guest said last may still be on its way from the listening thread.
+            if let Ok(Heard::Message(Message::Report(report), _)) =
+                heard.recv_timeout(Duration::from_millis(200))
+            {
+                return Ok(Some(*report));
+            }
+            if !options.agent {
+                return if status.success() {
+                    Ok(None)
+                } else {
+                    Err(RunError::Ended {
+                        status: status.to_string(),
+                        tail: tails(),
+                    })
+                };
+            }
+            return Err(RunError::Ended {
+                status: status.to_string(),
+                tail: tails(),
+            });
+        }
+        if options.agent && started.elapsed() > options.timeout {
+            return Err(RunError::Timeout {
+                seconds: options.timeout.as_secs(),
+                tail: tails(),
+            });
+        }
+    }
+}
