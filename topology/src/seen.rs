@@ -6,7 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::ranges::Range;
 
-/// One line that the agent sends.
+/// Byte before each message, and a line feed after it: a JSON text sequence (RFC 7464).
+pub const SEPARATOR: u8 = 0x1e;
+
+/// One message that the agent sends.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "message")]
 pub enum Message {

@@ -125,10 +125,12 @@ impl Qmp {
     pub fn objects(&mut self) -> Result<Vec<String>, QmpError> {
         let list = self.execute("qom-list", json!({ "path": "/objects" }))?;
         let name = |item: &Value| item.get("name").and_then(Value::as_str).map(str::to_owned);
+        // `qom-list` puts each property it meets before those it has met (QEMU `qom/qom-qmp-cmds.c`).
         Ok(list
             .as_array()
             .into_iter()
             .flatten()
+            .rev()
             .filter_map(name)
             .collect())
     }

@@ -12,7 +12,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::Path;
 
-use numagpu_topology::seen::{Message, Pattern, Report};
+use numagpu_topology::seen::{Message, Pattern, Report, SEPARATOR};
 use rustix::mount::{MountFlags, mount};
 
 use crate::drive::Drive;
@@ -35,10 +35,10 @@ impl Host {
     }
 
     fn send(&mut self, message: &Message) {
-        let Ok(mut line) = serde_json::to_string(message) else {
+        let Ok(text) = serde_json::to_string(message) else {
             return;
         };
-        line.push('\n');
+        let line = format!("{}{text}\n", char::from(SEPARATOR));
         match &mut self.port {
             // A host that does not listen loses the line; there is nobody else to tell.
             Some(port) => drop(port.write_all(line.as_bytes()).and_then(|()| port.flush())),

@@ -1,11 +1,11 @@
-//! The line from the guest's agent: JSON messages over its second serial port.
+//! The line from the guest's agent: a JSON text sequence (RFC 7464) over its second serial port.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::Sender;
 
-use numagpu_topology::seen::{Message, Pattern};
+use numagpu_topology::seen::{Message, Pattern, SEPARATOR};
 
 /// Longest message that is read from a guest. A machine of 128 nodes reports in under 200 KiB.
 const MAX_MESSAGE: u64 = 4 << 20;
@@ -52,10 +52,12 @@ pub fn listen(path: &Path, heard: Sender<Heard>) -> io::Result<()> {
                     Ok(0) | Err(_) => return,
                     Ok(_) => {}
                 }
-                let text = String::from_utf8_lossy(&line);
-                if text.trim().is_empty() {
+                // Firmware writes its console to every serial port it finds; messages are what
+                // follows a separator.
+                let Some(start) = line.iter().rposition(|byte| *byte == SEPARATOR) else {
                     continue;
-                }
+                };
+                let text = String::from_utf8_lossy(line.get(start + 1..).unwrap_or_default());
                 let message = match serde_json::from_str(text.trim()) {
                     Ok(message) => Heard::Message(message, Answer(stream.try_clone())),
                     Err(error) => {
