@@ -172,8 +172,9 @@ impl Assets {
         Ok(assets)
     }
 
-    /// Where to look: the directory that [`DIR_ENV`] names, else `target/guest` of the nearest
-    /// directory upwards from `start` that has one with a list in it.
+    /// Where to look: the directory that [`DIR_ENV`] names, else the first with a list in it going
+    /// upwards from `start`, as `target/guest` or, from a program within cargo's target directory,
+    /// as `guest`.
     #[must_use]
     pub fn find_dir(start: &Path) -> Option<PathBuf> {
         if let Some(dir) = std::env::var_os(DIR_ENV).filter(|dir| !dir.is_empty()) {
@@ -181,7 +182,7 @@ impl Assets {
         }
         start
             .ancestors()
-            .map(|up| up.join("target").join("guest"))
+            .flat_map(|up| [up.join("target").join("guest"), up.join("guest")])
             .find(|dir| dir.join(FILE_NAME).is_file())
     }
 
@@ -277,6 +278,20 @@ mod tests {
         let assets = Assets::load(dir.path()).unwrap();
         assert_eq!(assets.qemu.path, dir.path().join("bin/qemu"));
         assert_eq!(assets.kernel("newest"), assets.kernel("6.12"));
+    }
+
+    #[test]
+    fn the_directory_is_found_from_sources_and_from_programs() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = top.path().join("target/guest");
+        write(&dir, &sample());
+        let sources = top.path().join("vmm-glue/src");
+        let programs = top.path().join("target/debug/deps");
+        // A developer may have the variable set; then it wins, and there is nothing to search.
+        if std::env::var_os(DIR_ENV).is_none() {
+            assert_eq!(Assets::find_dir(&sources).as_ref(), Some(&dir));
+            assert_eq!(Assets::find_dir(&programs).as_ref(), Some(&dir));
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! installed, so apt resolves the whole closure.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -43,11 +44,19 @@ pub struct Apt {
     conf: PathBuf,
     dir: PathBuf,
     debs: PathBuf,
+    lock: File,
 }
 
 impl Apt {
-    /// A root in `dir` for `suites` of `archive`, its package lists fetched; files go to `debs`.
-    pub fn open(archive: &Archive, suites: &[&str], dir: &Path, debs: &Path) -> Result<Self> {
+    /// A root in `dir` for `suites` of `archive`, its package lists fetched; files go to `debs`,
+    /// which whoever holds `lock` may write to.
+    pub fn open(
+        archive: &Archive,
+        suites: &[&str],
+        dir: &Path,
+        debs: &Path,
+        lock: File,
+    ) -> Result<Self> {
         host::need(&["apt-get", "apt-cache", "dpkg-deb"])?;
         let dir = std::path::absolute(dir)?;
         std::fs::create_dir_all(dir.join("lists/partial"))?;
@@ -61,6 +70,7 @@ impl Apt {
             conf,
             dir,
             debs: debs.to_owned(),
+            lock,
         };
         apt.update(&suites.join(", "))?;
         Ok(apt)
@@ -179,9 +189,11 @@ impl Apt {
         let log = self.dir.join("fetch.log");
         let mut child = command
             .env("LC_ALL", "C.UTF-8")
-            .stdin(Stdio::null())
+            // It reads nothing; but if this process is killed, the fetcher lives on and writes, and
+            // with the open file it keeps the lock until it ends.
+            .stdin(self.lock.try_clone()?)
             .stdout(Stdio::null())
-            .stderr(std::fs::File::create(&log)?)
+            .stderr(File::create(&log)?)
             .spawn()
             .with_context(|| format!("{HELPER} cannot be started"))?;
         let mut progress = Progress::new(what, debs.len(), total);

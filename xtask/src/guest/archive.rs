@@ -39,15 +39,47 @@ pub fn find(given: Option<&str>, scratch: &Path) -> Result<Archive> {
         });
     }
     host::need(&["apt-get"])?;
-    if let Some(archive) = choose(&parse(&index_targets(None)?), signed_by.as_deref()) {
+    let system = parse(&host::output(Command::new("apt-get").arg("indextargets"))?);
+    if let Some(archive) = choose(&system, signed_by.as_deref()) {
         return Ok(archive);
     }
+    let (targets, complaint) = fetched_targets(scratch)?;
+    choose(&targets, signed_by.as_deref()).with_context(|| {
+        format!(
+            "no Debian archive in this machine's apt configuration (on another distribution, give \
+             one with --archive URL and install its keys, package debian-archive-keyring){complaint}"
+        )
+    })
+}
+
+/// What the machine's sources offer, its package lists fetched to `dir`; and what went wrong: a
+/// source of no concern here may fail without harm.
+fn fetched_targets(dir: &Path) -> Result<(Vec<Target>, String)> {
     host::say("apt has no package lists yet: fetching the machine's own into a private place");
-    let targets = parse(&index_targets(Some(scratch))?);
-    choose(&targets, signed_by.as_deref()).context(
-        "no Debian archive in this machine's apt configuration (on another distribution, give one \
-         with --archive URL and have its keyring installed: package debian-archive-keyring)",
-    )
+    std::fs::create_dir_all(dir.join("lists/partial"))?;
+    let conf = dir.join("apt.conf");
+    let place = dir.display();
+    std::fs::write(
+        &conf,
+        format!(
+            "#clear APT::Update::Pre-Invoke;\n#clear APT::Update::Post-Invoke;\n\
+             #clear APT::Update::Post-Invoke-Success;\nAPT::Sandbox::User \"root\";\n\
+             Dir::State::lists \"{place}/lists\";\nDir::Cache \"{place}\";\n"
+        ),
+    )?;
+    let apt = || {
+        let mut command = Command::new("apt-get");
+        command.arg("-c").arg(&conf);
+        command
+    };
+    let updated = host::retry("apt-get update", || {
+        host::output(apt().args(["-qq", "update"]))
+    });
+    let complaint = updated
+        .err()
+        .map(|error| format!("; {error:#}"))
+        .unwrap_or_default();
+    Ok((parse(&host::output(apt().arg("indextargets"))?), complaint))
 }
 
 /// The archive keyring of the machine.
@@ -56,26 +88,6 @@ fn keyring() -> Option<String> {
         .iter()
         .find(|path| Path::new(path).exists())
         .map(|path| (*path).to_owned())
-}
-
-/// What `apt-get indextargets` prints, of the machine's lists or of fresh ones kept in `scratch`.
-fn index_targets(scratch: Option<&Path>) -> Result<String> {
-    let mut options = Vec::new();
-    if let Some(dir) = scratch {
-        std::fs::create_dir_all(dir.join("lists/partial"))?;
-        options.push(format!(
-            "-oDir::State::lists={}",
-            dir.join("lists").display()
-        ));
-        options.push(format!("-oDir::Cache={}", dir.display()));
-        options.push("-oAPT::Sandbox::User=root".to_owned());
-        options.push("-oAPT::Update::Post-Invoke=".to_owned());
-        let mut update = Command::new("apt-get");
-        host::retry("apt-get update", || {
-            host::output(update.args(&options).arg("update"))
-        })?;
-    }
-    host::output(Command::new("apt-get").args(&options).arg("indextargets"))
 }
 
 /// Stanzas of `Key: value` lines, separated by empty lines.

@@ -1,6 +1,7 @@
 //! The guest's first file system: the agent as `/init`, and the modules of one kernel.
 //!
-//! It is not compressed: under emulation, decompression costs the guest more than the bytes do.
+//! It is not compressed: at 2 MB (and at 7 MB) neither gzip nor zstd changed the time to `/init`
+//! under emulation by more than runs differ, and a plain one is easier to look into.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

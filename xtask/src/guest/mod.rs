@@ -63,6 +63,8 @@ struct Workshop {
     /// The workspace's directory.
     workspace: PathBuf,
     options: Options,
+    /// Held while this lives: one run at a time in `dir`.
+    lock: File,
     archive: OnceCell<Archive>,
     apts: RefCell<BTreeMap<String, Rc<Apt>>>,
 }
@@ -101,16 +103,16 @@ pub fn provide(options: &Options) -> Result<PathBuf> {
         bail!("guests are provided on x86-64 Linux hosts only");
     }
     let (workspace, target) = cargo_directories()?;
+    let dir = target.join("guest");
+    std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let shop = Workshop {
-        dir: target.join("guest"),
+        lock: lock(&dir)?,
+        dir,
         workspace,
         options: options.clone(),
         archive: OnceCell::new(),
         apts: RefCell::default(),
     };
-    std::fs::create_dir_all(&shop.dir)
-        .with_context(|| format!("cannot make {}", shop.dir.display()))?;
-    let _lock = lock(&shop.dir)?;
     let mut assets = Assets {
         schema: assets::SCHEMA,
         qemu: qemu::provide(&shop)?,
@@ -150,7 +152,13 @@ impl Workshop {
             }
         };
         let (root, debs) = (self.cache().join(&name), self.cache().join("debs"));
-        let apt = Rc::new(Apt::open(archive, suites, &root, &debs)?);
+        let apt = Rc::new(Apt::open(
+            archive,
+            suites,
+            &root,
+            &debs,
+            self.lock.try_clone()?,
+        )?);
         self.apts.borrow_mut().insert(name, Rc::clone(&apt));
         Ok(apt)
     }

@@ -32,12 +32,9 @@ const PACKAGES: [&str; 2] = ["qemu-system-x86", "ipxe-qemu"];
 /// See [`Stamp::form`].
 const FORM: u32 = 1;
 
-/// Where files lie in the tree; SeaBIOS's and qboot's are also looked for on the machine.
-const SEABIOS: [&str; 2] = [
-    "usr/share/seabios/bios-256k.bin",
-    "usr/share/qemu/bios-256k.bin",
-];
-const QBOOT: [&str; 2] = ["usr/share/qemu/qboot.rom", "usr/local/share/qemu/qboot.rom"];
+/// Where firmware lies below the prefix that QEMU is installed in.
+const SEABIOS: [&str; 2] = ["share/seabios/bios-256k.bin", "share/qemu/bios-256k.bin"];
+const QBOOT: [&str; 1] = ["share/qemu/qboot.rom"];
 
 /// Starts the tree's QEMU: a script, because the loader wants arguments. It finds the tree beside
 /// itself, so both can move, and `exec`s, so that signals reach QEMU. The host's library cache is
@@ -60,11 +57,12 @@ pub fn provide(shop: &Workshop) -> Result<Qemu> {
         None => "none is installed".to_owned(),
         Some(path) => match probe(&path) {
             Ok(version) => {
+                let prefix = path.ancestors().nth(2).unwrap_or(Path::new("/usr"));
                 return Ok(Qemu {
                     chosen: "installed; it has all that is needed".to_owned(),
                     version,
-                    seabios: first_file(Path::new("/"), &SEABIOS),
-                    qboot: first_file(Path::new("/"), &QBOOT),
+                    seabios: first_file(prefix, &SEABIOS),
+                    qboot: first_file(prefix, &QBOOT),
                     path,
                 });
             }
@@ -84,8 +82,8 @@ pub fn provide(shop: &Workshop) -> Result<Qemu> {
     Ok(Qemu {
         chosen: format!("Debian {}, in a tree of its own; {why}", SUITES[1]),
         version,
-        seabios: first_file(&tree, &SEABIOS),
-        qboot: first_file(&tree, &QBOOT),
+        seabios: first_file(&tree.join("usr"), &SEABIOS),
+        qboot: first_file(&tree.join("usr"), &QBOOT),
         path: script,
     })
 }
