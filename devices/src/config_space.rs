@@ -360,8 +360,8 @@ mod tests {
         fn pieces_write_the_same(offset in 0u32..0x110, data in prop::collection::vec(any::<u8>(), 1..40)) {
             let (mut whole, mut bytes) = (space(), space());
             whole.write(offset, &data);
-            for (at, byte) in data.iter().enumerate() {
-                bytes.write(offset + at as u32, &[*byte]);
+            for (at, byte) in (offset..).zip(&data) {
+                bytes.write(at, &[*byte]);
             }
             prop_assert_eq!(whole.values, bytes.values);
         }

@@ -46,6 +46,8 @@ mod ring;
 pub mod scrub;
 #[cfg(any(test, feature = "test-support"))]
 pub mod test_support;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 pub use config::{GpuConfig, GpuError, LinkConfig, PartitionConfig, PciIds};
