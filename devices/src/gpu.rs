@@ -283,6 +283,9 @@ impl Gpu {
         );
         if reset {
             target.reset();
+        }
+        if reset || !enable {
+            // A doorbell written in halves must not meet a half of an earlier life.
             self.doorbells
                 .set(&pci::doorbell::BLOCK, index, &pci::doorbell::WPTR, 0);
         }

@@ -78,6 +78,69 @@ fn packet() -> impl Strategy<Value = Vec<u32>> {
     ]
 }
 
+/// Whoever calls whatever at once: nobody waits for ever, and the function works afterwards.
+#[test]
+fn threads_do_not_hang_each_other() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let machine = Machine::ready();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (machine, over) = (&machine, &over);
+        let going = || !over.load(Ordering::Relaxed);
+        for queue in 0..2 {
+            scope.spawn(move || {
+                while going() {
+                    machine.claim(0, queue, TOKEN);
+                    machine.enable_at(0, queue, TOKEN, ring(0, queue));
+                    let words: Vec<u32> = (0..20)
+                        .flat_map(|_| sdma::copy_linear(DATA, hbm(0, queue.into()), 1 << 20))
+                        .collect();
+                    machine.submit(0, queue, &words);
+                    std::thread::sleep(Duration::from_micros(300));
+                    machine.release(0, queue, TOKEN);
+                    machine.set_queue(0, queue, &queue::CONTROL, 2);
+                }
+            });
+        }
+        scope.spawn(move || {
+            while going() {
+                machine.gpus[0].dma_changed();
+                let _status = machine.gpus[0].status();
+                machine.gpus[1].reset(ResetKind::Function);
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        });
+        for round in 0..60 {
+            match round % 3 {
+                0 => machine.gpus[0].reset(ResetKind::Function),
+                1 => machine.gpus[0].config_write(0x59, &[0x80]),
+                _ => {
+                    machine.gpus[0].detach();
+                    machine.gpus[0].attach(machine.vmms[0].attachment());
+                }
+            }
+            machine.gpus[0].config_write(4, &[6, 0]);
+            machine.write(0, &regs::boot::BLOCK, 0, &regs::boot::CONTROL, 1);
+            machine.clock.advance(1_000_000);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    machine.gpus[0].reset(ResetKind::Function);
+    for partition in 0..2 {
+        machine.wait_free(0, partition);
+        assert!(
+            bytes(&machine.stores[0][partition as usize], 0, 1 << 20)
+                .iter()
+                .all(|b| *b == 0)
+        );
+    }
+    machine.boot(0);
+    assert_eq!(machine.claim(0, 0, TOKEN), OwnerResult::Ok);
+    machine.enable(0, 0, TOKEN);
+    assert_eq!(machine.run(&[0]), QueueState::Idle);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
