@@ -245,3 +245,133 @@ impl ConfigSpace {
 const fn low(mask: u64) -> u32 {
     mask as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn space() -> ConfigSpace {
+        let bars = [(0, 0x1_0000), (2, 0x1000), (4, 0x2000)].map(|(index, size)| Bar {
+            index,
+            size,
+            is_64bit: true,
+            prefetchable: false,
+        });
+        ConfigSpace::new(&PciIds::default(), &bars)
+    }
+
+    fn read<const N: usize>(space: &ConfigSpace, offset: u32) -> [u8; N] {
+        let mut data = [0xee; N];
+        space.read(offset, &mut data);
+        data
+    }
+
+    fn read32(space: &ConfigSpace, offset: u32) -> u32 {
+        u32::from_le_bytes(read(space, offset))
+    }
+
+    #[test]
+    fn identity_is_where_the_specification_says() {
+        let space = space();
+        assert_eq!(read32(&space, 0), 0x6770_1234);
+        assert_eq!(read32(&space, 8), 0x1200_0001);
+        assert_eq!(read32(&space, 0x2c), 0x6770_1234);
+        assert_eq!(read::<1>(&space, 0x0e), [0], "type 0 header");
+        assert_eq!(read::<1>(&space, 0x3d), [0], "no INTx");
+        assert_eq!(read32(&space, 0x100), 0, "no extended capabilities");
+    }
+
+    #[test]
+    fn bars_tell_their_size() {
+        let mut space = space();
+        for (bar, size) in [(0u32, 0x1_0000u64), (2, 0x1000), (4, 0x2000)] {
+            let offset = 0x10 + 4 * bar;
+            space.write(offset, &[0xff; 8]);
+            let value = u64::from_le_bytes(read(&space, offset));
+            assert_eq!(value & 0xf, 4, "64-bit, not prefetchable");
+            assert_eq!(!(value & !0xf) + 1, size);
+            space.write(offset, &0x12_3456_0000_0000u64.to_le_bytes());
+            let value = u64::from_le_bytes(read(&space, offset));
+            assert_eq!(value, 0x12_3456_0000_0004);
+        }
+    }
+
+    #[test]
+    fn the_capability_list_starts_with_msix_and_ends() {
+        let space = space();
+        assert_ne!(read::<1>(&space, 6)[0] & 0x10, 0);
+        let mut ids = Vec::new();
+        let mut next = read::<1>(&space, 0x34)[0];
+        while next != 0 {
+            assert_eq!(next % 4, 0);
+            let [id, after] = read::<2>(&space, next.into());
+            ids.push(id);
+            next = after;
+            assert!(ids.len() < 10);
+        }
+        assert_eq!(ids, [0x11, 0x10, 0x01]);
+        assert_eq!(read32(&space, 0x44), 4);
+        assert_eq!(read32(&space, 0x48), 0x1004);
+        assert_eq!(read32(&space, 0x40) >> 16 & 0x7ff, 8, "9 vectors");
+        assert_ne!(read32(&space, 0x54) & 1 << 28, 0, "FLR");
+    }
+
+    #[test]
+    fn a_write_replaces_only_what_is_writable() {
+        let mut space = space();
+        space.write(0, &[0xff; CONFIG_SIZE]);
+        let after = space.clone();
+        assert_eq!(read32(&after, 0), 0x6770_1234);
+        assert_eq!(read::<2>(&after, 4), [0x46, 0x05]);
+        assert_eq!(read::<2>(&after, 0x58), [0xff, 0x78], "FLR reads zero");
+        assert_eq!(read::<2>(&after, 0x94), [0x0b, 0]);
+        space.reset();
+        assert_eq!(read::<2>(&space, 4), [0, 0]);
+    }
+
+    #[test]
+    fn flr_starts_however_the_bit_is_written() {
+        let mut space = space();
+        assert!(space.write(0x58, &[0, 0x80]).function_reset);
+        assert!(space.write(0x59, &[0x80]).function_reset);
+        assert!(space.write(0x57, &[0, 0, 0x80, 0]).function_reset);
+        assert!(!space.write(0x58, &[0xff, 0x7f]).function_reset);
+        assert!(!space.write(0x5a, &[0x80, 0x80]).function_reset);
+    }
+
+    #[test]
+    fn dma_needs_bus_master_and_d0() {
+        let mut space = space();
+        assert!(!space.dma_allowed());
+        space.write(4, &[6, 0]);
+        assert!(space.dma_allowed());
+        space.write(0x94, &[3]);
+        assert!(!space.dma_allowed());
+        space.write(0x94, &[1]);
+        assert_eq!(read::<1>(&space, 0x94), [0x0b], "D1 is dropped");
+        space.write(0x94, &[0]);
+        assert!(space.dma_allowed());
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_write_the_same(offset in 0u32..0x110, data in prop::collection::vec(any::<u8>(), 1..40)) {
+            let (mut whole, mut bytes) = (space(), space());
+            whole.write(offset, &data);
+            for (at, byte) in (offset..).zip(&data) {
+                bytes.write(at, &[*byte]);
+            }
+            prop_assert_eq!(whole.values, bytes.values);
+        }
+
+        #[test]
+        fn any_offset_is_harmless(offset in any::<u32>(), data in prop::collection::vec(any::<u8>(), 0..64)) {
+            let mut space = space();
+            space.write(offset, &data);
+            let mut data = data;
+            space.read(offset, &mut data);
+        }
+    }
+}

@@ -226,7 +226,7 @@ impl Gpu {
             boot,
             queues,
         } = self;
-        // Before the queues, so that none is enabled behind their reset.
+        // First, so that no queue is enabled and no partition claimed behind its own reset.
         boot.reset();
         {
             let mut space = lock(config_space);
@@ -246,9 +246,8 @@ impl Gpu {
             let duty = partition.incident(event, self.now());
             scrubber.settle(partition, duty);
         }
-        if !scrubber.wait(SCRUB_WAIT) {
-            tracing::debug!(gpu = self.config.index, "scrubbing goes on after the reset");
-        }
+        // Whether it was enough shows in PARTITION.STATE.
+        let _all_free = scrubber.wait(SCRUB_WAIT);
     }
 
     fn command(&self, index: u32) {
@@ -262,13 +261,14 @@ impl Gpu {
             value
         };
         let command = take(&partition::COMMAND);
-        let with = Circumstances {
-            token: take(&partition::TOKEN),
-            new_token: take(&partition::NEW_TOKEN),
+        let (token, new_token) = (take(&partition::TOKEN), take(&partition::NEW_TOKEN));
+        let command = u32::try_from(command).unwrap_or(0);
+        let with = || Circumstances {
+            token,
+            new_token,
             ready: self.is_ready(),
             coherent: target.is_coherent(),
         };
-        let command = u32::try_from(command).unwrap_or(0);
         let duty = target.command(command, with, self.now());
         self.scrubber.settle(target, duty);
     }
@@ -283,13 +283,16 @@ impl Gpu {
         );
         if reset {
             target.reset();
+        }
+        if reset || !enable {
+            // A doorbell written in halves must not meet a half of an earlier life.
             self.doorbells
                 .set(&pci::doorbell::BLOCK, index, &pci::doorbell::WPTR, 0);
         }
-        let enabled = enable && self.is_ready();
-        if enabled {
-            target.enable(|| self.setup(index));
-        } else if !enable && !reset {
+        let mut enabled = false;
+        if enable {
+            enabled = target.enable(|| self.is_ready().then(|| self.setup(index)));
+        } else if !reset {
             target.disable();
         }
         // Shows what was taken of the write.
@@ -509,6 +512,10 @@ impl PciFunction for Gpu {
 
     fn attach(&self, attachment: Attachment) {
         let _one = lock(&self.lifecycle);
+        if lock(&self.attachment).take().is_some() {
+            // A transport that did not say goodbye; the new VMM must find nothing of the old one.
+            self.reset_function(ResetKind::Disconnect);
+        }
         self.irq.connect(Some(Arc::clone(&attachment.irq)));
         *lock(&self.attachment) = Some(attachment);
         self.judge_coherence();

@@ -10,7 +10,7 @@
 //! | [`config_space`], [`registers`] | checked tables for configuration space and BARs; any access becomes whole registers |
 //! | [`boot`], [`clock`], [`irq`] | handshake, time, interrupt causes |
 //! | [`ownership`], [`partition`], [`coherence`], [`scrub`] | who owns HBM, who may touch it now, whether the VMM really maps it |
-//! | [`queue`], [`packet`], [`engine`] | rings, doorbells and workers; decoding; moving bytes |
+//! | [`queue`], `worker`, `ring`, [`packet`], [`engine`] | doorbells and states; workers; reading ahead; decoding; moving bytes |
 //! | [`fabric`] | peers of a hive and the links to them |
 //! | [`memory`] | HBM in the memory of this process |
 //!
@@ -42,9 +42,13 @@ pub mod packet;
 pub mod partition;
 pub mod queue;
 pub mod registers;
+mod ring;
 pub mod scrub;
 #[cfg(any(test, feature = "test-support"))]
 pub mod test_support;
+#[cfg(test)]
+mod tests;
+mod worker;
 
 pub use config::{GpuConfig, GpuError, LinkConfig, PartitionConfig, PciIds};
 pub use fabric::Fabric;

@@ -359,3 +359,219 @@ impl Default for Machine {
         Machine::new()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The table again, as rows of (next, action, result) for each state in the order of [`Event::ALL`], so that
+    /// no edge changes unnoticed.
+    #[test]
+    fn the_full_product_of_states_and_events() {
+        use Action::{Free as Freed, HandOver, Nothing as No, Own, Scrub};
+        use OwnerResult as R;
+        use OwnerState::{Claimed, Faulted, Free, Releasing};
+        let refuse = |state, result| (state, No, Some(result));
+        let ignore = |state| (state, No, None);
+        let rows = [
+            (
+                Free,
+                [
+                    (Claimed, Own, Some(R::Ok)),
+                    refuse(Free, R::BadToken),
+                    refuse(Free, R::NotReady),
+                    refuse(Free, R::NotCoherent),
+                    refuse(Free, R::NotOwner),
+                    refuse(Free, R::NotOwner),
+                    refuse(Free, R::NotOwner),
+                    refuse(Free, R::NotOwner),
+                    refuse(Free, R::NotOwner),
+                    refuse(Free, R::BadCommand),
+                    ignore(Free),
+                    (Releasing, Scrub, None),
+                    ignore(Free),
+                    ignore(Free),
+                ],
+            ),
+            (
+                Claimed,
+                [
+                    refuse(Claimed, R::Busy),
+                    refuse(Claimed, R::BadToken),
+                    refuse(Claimed, R::Busy),
+                    refuse(Claimed, R::Busy),
+                    (Releasing, Scrub, Some(R::Ok)),
+                    refuse(Claimed, R::NotOwner),
+                    (Claimed, HandOver, Some(R::Ok)),
+                    refuse(Claimed, R::NotOwner),
+                    refuse(Claimed, R::BadToken),
+                    refuse(Claimed, R::BadCommand),
+                    (Releasing, Scrub, None),
+                    (Releasing, Scrub, None),
+                    ignore(Claimed),
+                    ignore(Claimed),
+                ],
+            ),
+            (
+                Releasing,
+                [
+                    refuse(Releasing, R::Releasing),
+                    refuse(Releasing, R::Releasing),
+                    refuse(Releasing, R::Releasing),
+                    refuse(Releasing, R::Releasing),
+                    refuse(Releasing, R::Releasing),
+                    refuse(Releasing, R::Releasing),
+                    refuse(Releasing, R::Releasing),
+                    refuse(Releasing, R::Releasing),
+                    refuse(Releasing, R::Releasing),
+                    refuse(Releasing, R::BadCommand),
+                    ignore(Releasing),
+                    (Releasing, Scrub, None),
+                    (Free, Freed, None),
+                    ignore(Faulted),
+                ],
+            ),
+            (
+                Faulted,
+                [
+                    refuse(Faulted, R::Faulted),
+                    refuse(Faulted, R::Faulted),
+                    refuse(Faulted, R::Faulted),
+                    refuse(Faulted, R::Faulted),
+                    refuse(Faulted, R::Faulted),
+                    refuse(Faulted, R::Faulted),
+                    refuse(Faulted, R::Faulted),
+                    refuse(Faulted, R::Faulted),
+                    refuse(Faulted, R::Faulted),
+                    refuse(Faulted, R::BadCommand),
+                    (Releasing, Scrub, None),
+                    (Releasing, Scrub, None),
+                    ignore(Faulted),
+                    ignore(Faulted),
+                ],
+            ),
+        ];
+        assert_eq!(rows.len(), OwnerState::ALL.len());
+        for (state, row) in rows {
+            assert_eq!(row.len(), Event::ALL.len());
+            for (event, (next, action, result)) in Event::ALL.iter().zip(row) {
+                let expected = Edge {
+                    next,
+                    action,
+                    result,
+                };
+                assert_eq!(edge(state, *event), expected, "{state:?} x {event:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_edge_leaves_an_owner_without_a_claim() {
+        for state in OwnerState::ALL {
+            for event in Event::ALL {
+                let edge = edge(*state, *event);
+                if edge.next == OwnerState::Claimed {
+                    assert!(*state == OwnerState::Claimed || edge.action == Action::Own);
+                }
+                if *state == OwnerState::Claimed && edge.next != OwnerState::Claimed {
+                    assert_eq!(edge.action, Action::Scrub);
+                }
+            }
+        }
+    }
+
+    const GOOD: Circumstances = Circumstances {
+        token: 7,
+        new_token: 9,
+        ready: true,
+        coherent: true,
+    };
+    const CLAIM: u32 = 1;
+    const RELEASE: u32 = 2;
+    const TRANSFER: u32 = 3;
+
+    #[test]
+    fn a_life() {
+        let mut machine = Machine::new();
+        assert_eq!(machine.command(CLAIM, GOOD, 1), Duty::Nothing);
+        assert_eq!((machine.owner(), machine.generation()), (7, 1));
+        machine.command(CLAIM, GOOD, 2);
+        assert_eq!(machine.result(), OwnerResult::Busy);
+        machine.command(TRANSFER, GOOD, 3);
+        assert_eq!((machine.owner(), machine.generation()), (9, 1));
+        machine.command(RELEASE, GOOD, 4);
+        assert_eq!(machine.result(), OwnerResult::NotOwner);
+        let owner = Circumstances { token: 9, ..GOOD };
+        assert_eq!(machine.command(RELEASE, owner, 5), Duty::Scrub);
+        assert_eq!(machine.owner(), 0);
+        machine.command(CLAIM, GOOD, 6);
+        assert_eq!(machine.result(), OwnerResult::Releasing);
+        assert_eq!(machine.incident(Event::Scrubbed, 7), Duty::Nothing);
+        assert_eq!(
+            (machine.state(), machine.generation()),
+            (OwnerState::Free, 2)
+        );
+        assert_eq!(machine.history().count(), 4);
+    }
+
+    #[test]
+    fn a_loss_is_told_and_a_release_is_not() {
+        let mut machine = Machine::new();
+        machine.command(CLAIM, GOOD, 0);
+        assert_eq!(machine.incident(Event::FunctionReset, 1), Duty::Scrub);
+        assert_eq!(machine.incident(Event::Scrubbed, 2), Duty::Notify);
+        machine.command(CLAIM, GOOD, 3);
+        assert_eq!(machine.incident(Event::Disconnect, 4), Duty::Scrub);
+        assert_eq!(machine.incident(Event::Scrubbed, 5), Duty::Nothing);
+    }
+
+    #[test]
+    fn only_the_last_scrub_frees() {
+        let mut machine = Machine::new();
+        machine.command(CLAIM, GOOD, 0);
+        assert_eq!(machine.command(RELEASE, GOOD, 1), Duty::Scrub);
+        assert_eq!(machine.incident(Event::Disconnect, 2), Duty::Scrub);
+        assert_eq!(machine.incident(Event::Disconnect, 3), Duty::Nothing);
+        machine.incident(Event::Scrubbed, 4);
+        assert_eq!(machine.state(), OwnerState::Releasing);
+        machine.incident(Event::Scrubbed, 5);
+        assert_eq!(machine.state(), OwnerState::Free);
+    }
+
+    #[test]
+    fn history_is_bounded() {
+        let mut machine = Machine::new();
+        for at in 0..1000 {
+            machine.command(CLAIM, GOOD, at);
+            machine.command(RELEASE, GOOD, at);
+            machine.incident(Event::Scrubbed, at);
+        }
+        assert_eq!(machine.history().count(), HISTORY);
+        assert_eq!(machine.history().last().map(|step| step.at_ns), Some(999));
+    }
+
+    #[test]
+    fn circumstances_are_judged_in_order() {
+        let mut machine = Machine::new();
+        let mut with = Circumstances {
+            token: 0,
+            new_token: 0,
+            ready: false,
+            coherent: false,
+        };
+        machine.command(CLAIM, with, 0);
+        assert_eq!(machine.result(), OwnerResult::BadToken);
+        with.token = 1;
+        machine.command(CLAIM, with, 0);
+        assert_eq!(machine.result(), OwnerResult::NotReady);
+        with.ready = true;
+        machine.command(CLAIM, with, 0);
+        assert_eq!(machine.result(), OwnerResult::NotCoherent);
+        machine.command(77, with, 0);
+        assert_eq!(machine.result(), OwnerResult::BadCommand);
+        // Token 0 is nobody's, not even a free partition's.
+        with.token = 0;
+        machine.command(RELEASE, with, 0);
+        assert_eq!(machine.result(), OwnerResult::NotOwner);
+    }
+}

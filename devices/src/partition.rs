@@ -143,9 +143,9 @@ impl Partition {
         self.coherence.store(code.code(), Ordering::SeqCst);
     }
 
-    /// A driver's command.
-    pub fn command(&self, command: u32, with: Circumstances, now_ns: u64) -> Duty {
-        self.step(|machine| machine.command(command, with, now_ns))
+    /// A driver's command. `with` is called under the machine's lock: a reset that comes first is seen.
+    pub fn command(&self, command: u32, with: impl FnOnce() -> Circumstances, now_ns: u64) -> Duty {
+        self.step(|machine| machine.command(command, with(), now_ns))
     }
 
     /// An incident that no driver asked for.

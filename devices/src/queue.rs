@@ -4,26 +4,19 @@
 //! doorbell rings. Doorbells and register accesses take the queue's short lock `control` at most, which no one
 //! holds while memory moves. Each run of a queue has an epoch; a stop ends the epoch, and what a worker of an
 //! ended epoch still wants to publish is dropped.
-//!
-//! Every packet that a worker takes from the ring is a [`Permit`]: it is completed, faulted or abandoned.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Sender, bounded};
+use numagpu_spec::pci;
 use numagpu_spec::regs::{IrqBits, QueueFault, QueueState, RING_MAX, RING_MIN};
-use numagpu_spec::{pci, sdma};
 
-use crate::engine::{Engine, Fault, Leave, Reach, Stop};
+use crate::engine::{Fault, Leave, Reach, Stop};
 use crate::irq::Irq;
 use crate::limit::LogLimit;
-use crate::packet::{HEADER_WORDS, Operation, Packet, decode};
-
-/// Words of the ring read at once.
-const FETCH_WORDS: usize = 1024;
-/// Packets after which a busy queue writes its read pointer back.
-const WRITEBACK_PACKETS: u64 = 64;
+use crate::worker::work;
 
 /// What the driver wrote into the registers of a queue when it enabled it.
 #[derive(Clone)]
@@ -60,13 +53,13 @@ pub struct QueueStatus {
 }
 
 /// One enabled period of a queue.
-struct Run {
+pub(crate) struct Run {
     epoch: u64,
-    setup: Setup,
+    pub(crate) setup: Setup,
 }
 
 impl Run {
-    fn leave<'q>(&self, shared: &'q Shared) -> Leave<'q> {
+    pub(crate) fn leave<'q>(&self, shared: &'q Shared) -> Leave<'q> {
         Leave {
             epoch: &shared.epoch,
             mine: self.epoch,
@@ -74,7 +67,7 @@ impl Run {
     }
 
     /// Address of the ring byte with this unwrapped position.
-    fn ring_address(&self, position: u64) -> u64 {
+    pub(crate) fn ring_address(&self, position: u64) -> u64 {
         let offset = position & u64::from(self.setup.ring_size).saturating_sub(1);
         self.setup.ring_base.saturating_add(offset)
     }
@@ -100,7 +93,7 @@ struct Shown {
     fault_packet: AtomicU64,
 }
 
-struct Shared {
+pub(crate) struct Shared {
     // Runtime glue.
     irq: Arc<Irq>,
     // Static configuration.
@@ -145,16 +138,19 @@ impl Queue {
         }
     }
 
-    /// Enables a disabled queue; does nothing in another state. `setup` is called under the queue's lock, so
-    /// that a stop either comes before it or stops what it gives. A bad ring is a fault of the queue.
-    pub fn enable(&self, setup: impl FnOnce() -> Setup) {
+    /// Enables a disabled queue; does nothing in another state, or if `setup` gives nothing. `setup` is called
+    /// under the queue's lock, so that a stop either comes before it or stops what it gives. A bad ring is a
+    /// fault of the queue. Whether the queue is enabled now, if only to fault.
+    pub fn enable(&self, setup: impl FnOnce() -> Option<Setup>) -> bool {
         let started = self.start_worker();
         let shared = &self.shared;
         let mut control = shared.lock();
         if shared.state() != QueueState::Disabled || control.active {
-            return;
+            return true;
         }
-        let setup = setup();
+        let Some(setup) = setup() else {
+            return false;
+        };
         let shown = &shared.shown;
         for counter in [&shown.rptr, &shown.wptr, &shown.packets, &shown.bytes] {
             counter.store(0, Ordering::Release);
@@ -169,7 +165,7 @@ impl Queue {
         control.run = Some(Arc::new(Run { epoch, setup }));
         if fits && started {
             shared.show_state(QueueState::Idle);
-            return;
+            return true;
         }
         let code = QueueFault::BadRing;
         shared.stop_with(
@@ -182,6 +178,7 @@ impl Queue {
         );
         drop(control);
         shared.announce_fault();
+        true
     }
 
     /// Disables the queue; a faulted one stays faulted. When this returns, no worker touches memory for it:
@@ -367,8 +364,53 @@ impl Shared {
         }
     }
 
+    /// Read and write pointer.
+    pub(crate) fn pointers(&self) -> (u64, u64) {
+        let shown = &self.shown;
+        let rptr = shown.rptr.load(Ordering::Acquire);
+        (rptr, shown.wptr.load(Ordering::Acquire))
+    }
+
+    /// The worker takes the enabled run, if there is one, and is active until [`Active`] is dropped.
+    pub(crate) fn enter(&self) -> Option<(Active<'_>, Arc<Run>)> {
+        let mut control = self.lock();
+        let run = control.run.clone()?;
+        control.active = true;
+        Some((Active(self), run))
+    }
+
+    /// The ring is empty up to `rptr`: the queue is idle, unless the doorbell rang meanwhile. Whether it is.
+    pub(crate) fn rest(&self, run: &Run, rptr: u64) -> Result<bool, Stop> {
+        let _control = self.lock();
+        run.leave(self).check()?;
+        let empty = self.shown.wptr.load(Ordering::Acquire) == rptr;
+        if empty {
+            self.show_state(QueueState::Idle);
+        }
+        Ok(empty)
+    }
+
+    /// A packet of `bytes` in the ring is done and moved `moved` bytes.
+    pub(crate) fn advance(&self, run: &Run, bytes: u64, moved: u64) -> Result<(), Stop> {
+        // Under the lock, so that a stop that has returned is never followed by a new pointer.
+        let _control = self.lock();
+        run.leave(self).check()?;
+        self.shown.packets.fetch_add(1, Ordering::AcqRel);
+        self.shown.bytes.fetch_add(moved, Ordering::AcqRel);
+        self.shown.rptr.fetch_add(bytes, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Raises the queue's interrupt.
+    pub(crate) fn trap(&self) {
+        let vector = u16::try_from(self.index).unwrap_or(0);
+        let bit = IrqBits::QUEUE0.bits().wrapping_shl(self.index);
+        self.irq
+            .raise(bit, pci::VECTOR_QUEUE0.saturating_add(vector));
+    }
+
     /// A fault that the worker of `run` met; dropped if the run is over.
-    fn fail(&self, run: &Run, fault: Fault) {
+    pub(crate) fn fail(&self, run: &Run, fault: Fault) {
         let mut control = self.lock();
         if run.leave(self).check().is_err() {
             return;
@@ -380,262 +422,12 @@ impl Shared {
     }
 }
 
-/// The obligation to finish a packet that was taken from the ring. Dropping it otherwise is a bug: debug builds
-/// panic, release builds fault the queue.
-#[must_use]
-struct Permit<'q> {
-    shared: &'q Shared,
-    run: &'q Run,
-    packet: Packet,
-    moved: u64,
-    settled: bool,
-}
-
-impl<'q> Permit<'q> {
-    fn new(shared: &'q Shared, run: &'q Run, packet: Packet) -> Permit<'q> {
-        Permit {
-            shared,
-            run,
-            packet,
-            moved: 0,
-            settled: false,
-        }
-    }
-
-    /// The packet is done: the read pointer passes it.
-    fn complete(mut self) -> Result<(), Stop> {
-        self.settled = true;
-        // Under the lock, so that a stop that has returned is never followed by a new pointer.
-        let _control = self.shared.lock();
-        self.run.leave(self.shared).check()?;
-        let shown = &self.shared.shown;
-        shown.packets.fetch_add(1, Ordering::AcqRel);
-        shown.bytes.fetch_add(self.moved, Ordering::AcqRel);
-        shown.rptr.fetch_add(self.packet.bytes, Ordering::AcqRel);
-        Ok(())
-    }
-
-    /// The packet cannot be done: the queue stops, or has been stopped.
-    fn give_up(mut self, stop: Stop) -> Stop {
-        self.settled = true;
-        stop
-    }
-}
-
-impl Drop for Permit<'_> {
-    fn drop(&mut self) {
-        if !self.settled {
-            let address = self.run.ring_address(0);
-            let code = QueueFault::BadOpcode;
-            self.shared.fail(self.run, Fault { code, address });
-            debug_assert!(
-                std::thread::panicking(),
-                "a packet was neither completed nor given up"
-            );
-        }
-    }
-}
-
 /// Says that the worker has left its run, also when it panics.
-struct Active<'q>(&'q Shared);
+pub(crate) struct Active<'q>(&'q Shared);
 
 impl Drop for Active<'_> {
     fn drop(&mut self) {
         self.0.lock().active = false;
         self.0.left.notify_all();
-    }
-}
-
-/// The worker: waits for kicks until the queue is dropped.
-fn work(shared: &Shared, kicked: &Receiver<()>) {
-    let mut engine = Engine::default();
-    let mut ring = Ring::default();
-    for () in kicked {
-        let run = {
-            let mut control = shared.lock();
-            let Some(run) = control.run.clone() else {
-                continue;
-            };
-            control.active = true;
-            run
-        };
-        let _active = Active(shared);
-        ring.len = 0;
-        let stop = drain(shared, &run, &mut engine, &mut ring);
-        if let Err(Stop::Fault(fault)) = stop {
-            // Where even this fails, the fault that is reported says more.
-            let _second = write_back(shared, &run);
-            shared.fail(&run, fault);
-        }
-    }
-}
-
-/// Works off the ring until it is empty.
-fn drain(shared: &Shared, run: &Run, engine: &mut Engine, ring: &mut Ring) -> Result<(), Stop> {
-    let mut unwritten = 0;
-    loop {
-        run.leave(shared).check()?;
-        let rptr = shared.shown.rptr.load(Ordering::Acquire);
-        let wptr = shared.shown.wptr.load(Ordering::Acquire);
-        let available = wptr.saturating_sub(rptr);
-        if available == 0 {
-            write_back(shared, run)?;
-            let _control = shared.lock();
-            run.leave(shared).check()?;
-            if shared.shown.wptr.load(Ordering::Acquire) == rptr {
-                shared.show_state(QueueState::Idle);
-                return Ok(());
-            }
-            continue;
-        }
-        let words = ring.words(run, rptr, available)?;
-        let packet = decode(words, available).map_err(|bad| {
-            let address = bad.address.unwrap_or_else(|| run.ring_address(rptr));
-            Fault {
-                code: bad.code,
-                address,
-            }
-        })?;
-        let permit = Permit::new(shared, run, packet);
-        let permit = execute(permit, engine, rptr)?;
-        permit.complete()?;
-        unwritten += 1;
-        if packet.operation == Operation::Trap {
-            // The handler finds the read pointer behind the trap.
-            write_back(shared, run)?;
-            unwritten = 0;
-            let vector = u16::try_from(shared.index).unwrap_or(0);
-            run.leave(shared).check()?;
-            shared.irq.raise(
-                IrqBits::QUEUE0.bits() << shared.index,
-                pci::VECTOR_QUEUE0 + vector,
-            );
-        } else if unwritten >= WRITEBACK_PACKETS {
-            write_back(shared, run)?;
-            unwritten = 0;
-        }
-    }
-}
-
-/// Does what a packet asks for, except for raising a trap's interrupt.
-fn execute<'q>(mut permit: Permit<'q>, engine: &mut Engine, rptr: u64) -> Result<Permit<'q>, Stop> {
-    let run = permit.run;
-    let reach = &run.setup.reach;
-    let leave = run.leave(permit.shared);
-    let (done, moved) = match permit.packet.operation {
-        Operation::Nop | Operation::Trap => (Ok(()), 0),
-        Operation::Copy {
-            source,
-            destination,
-            bytes,
-        } => (engine.copy(reach, leave, source, destination, bytes), bytes),
-        Operation::Write { destination, bytes } => {
-            let start = rptr.saturating_add(4 * sdma::WRITE_LINEAR_HEADER_WORDS as u64);
-            let mut done = 0;
-            let mut result = Ok(());
-            // At most two pieces: the ring wraps once.
-            while done < bytes && result.is_ok() {
-                let position = start.saturating_add(done);
-                let size = u64::from(run.setup.ring_size).max(1);
-                let piece = (size - position % size).min(bytes - done);
-                result = match destination.checked_add(done) {
-                    Some(to) => engine.copy(reach, leave, run.ring_address(position), to, piece),
-                    None => Err(Stop::Fault(Fault {
-                        code: QueueFault::BadField,
-                        address: destination,
-                    })),
-                };
-                done += piece;
-            }
-            (result, bytes)
-        }
-        Operation::Fill {
-            destination,
-            pattern,
-            bytes,
-        } => (
-            engine.fill(reach, leave, destination, pattern, bytes),
-            bytes,
-        ),
-        Operation::Fence { address, value } => {
-            (reach.store32(address, value).map_err(Stop::from), 4)
-        }
-    };
-    match done {
-        Ok(()) => {
-            permit.moved = moved;
-            Ok(permit)
-        }
-        Err(stop) => Err(permit.give_up(stop)),
-    }
-}
-
-/// Writes the read pointer where the driver asked for it.
-fn write_back(shared: &Shared, run: &Run) -> Result<(), Stop> {
-    if run.setup.writeback == 0 {
-        return Ok(());
-    }
-    run.leave(shared).check()?;
-    let rptr = shared.shown.rptr.load(Ordering::Acquire);
-    run.setup.reach.store64(run.setup.writeback, rptr)?;
-    Ok(())
-}
-
-/// Words read ahead from the ring.
-struct Ring {
-    words: Box<[u32]>,
-    bytes: Box<[u8]>,
-    /// Position of the first word, unwrapped.
-    start: u64,
-    /// Words that are valid.
-    len: usize,
-}
-
-impl Default for Ring {
-    fn default() -> Ring {
-        Ring {
-            words: vec![0; FETCH_WORDS].into(),
-            bytes: vec![0; 4 * FETCH_WORDS].into(),
-            start: 0,
-            len: 0,
-        }
-    }
-}
-
-impl Ring {
-    /// Words from `position` on: all of the `available` bytes, or at least [`HEADER_WORDS`] words.
-    fn words(&mut self, run: &Run, position: u64, available: u64) -> Result<&[u32], Stop> {
-        let wanted = usize::try_from(available / 4).unwrap_or(usize::MAX);
-        let skip = position
-            .checked_sub(self.start)
-            .and_then(|bytes| usize::try_from(bytes / 4).ok());
-        let have = skip.map_or(0, |skip| self.len.saturating_sub(skip));
-        let first = match skip {
-            Some(skip) if have >= wanted.min(HEADER_WORDS) && have > 0 => skip,
-            _ => {
-                self.fetch(run, position, wanted.min(FETCH_WORDS))?;
-                0
-            }
-        };
-        Ok(self.words.get(first..self.len).unwrap_or_default())
-    }
-
-    fn fetch(&mut self, run: &Run, position: u64, words: usize) -> Result<(), Stop> {
-        self.len = 0;
-        let size = u64::from(run.setup.ring_size).max(1);
-        let to_end = usize::try_from(size - position % size).unwrap_or(usize::MAX);
-        let bytes = self.bytes.get_mut(..4 * words).unwrap_or_default();
-        let first = to_end.min(bytes.len());
-        if let Some((head, tail)) = bytes.split_at_mut_checked(first) {
-            let reach = &run.setup.reach;
-            reach.read(run.ring_address(position), head)?;
-            reach.read(run.setup.ring_base, tail)?;
-        }
-        for (word, bytes) in self.words.iter_mut().zip(bytes.chunks_exact(4)) {
-            *word = bytes.try_into().map_or(0, u32::from_le_bytes);
-        }
-        self.start = position;
-        self.len = words;
-        Ok(())
     }
 }

@@ -323,3 +323,166 @@ fn width(reg: &Reg) -> usize {
 fn first_byte(slot: &Slot, position: u64) -> usize {
     usize::try_from(position.saturating_sub(slot.start)).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use numagpu_spec::table::Width::{W4, W8};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const CONST: Reg = Reg::ro("CONST", 0x00, W4, "").reset(0x4433_2211);
+    const WIDE: Reg = Reg::rw("WIDE", 0x08, W8, "").reset(0x8877_6655_4433_2211);
+    const EFFECT: Reg = Reg::rw("EFFECT", 0x10, W4, "")
+        .writable(0xff00_00ff)
+        .effect();
+    const FLAGS: Reg = Reg::ro("FLAGS", 0x14, W4, "")
+        .reset(0xffff_ffff)
+        .w1c(0x0000_ffff);
+    const SECRET: Reg = Reg::rw("SECRET", 0x18, W8, "").hidden().effect();
+    const BLOCKS: &[Block] = &[Block {
+        name: "TEST",
+        base: 0x20,
+        stride: 0x20,
+        count: 2,
+        regs: &[CONST, WIDE, EFFECT, FLAGS, SECRET],
+        doc: "",
+    }];
+    const SIZE: u64 = 0x80;
+
+    #[derive(Default)]
+    struct Device {
+        written: Mutex<Vec<(u32, &'static str, u64, u64)>>,
+    }
+
+    impl RegisterDevice for Device {
+        fn read(&self, _at: RegisterAt, stored: u64) -> u64 {
+            stored
+        }
+
+        fn written(&self, at: RegisterAt, value: u64, lanes: u64) {
+            let mut written = self.written.lock().unwrap();
+            written.push((at.instance, at.reg.name, value, lanes));
+        }
+    }
+
+    /// What 0x80 bytes of the BAR show after reset.
+    fn image() -> Vec<u8> {
+        let mut image = vec![0; 0x80];
+        for base in [0x20, 0x40] {
+            image[base..base + 4].copy_from_slice(&[0x11, 0x22, 0x33, 0x44]);
+            image[base + 8..base + 16]
+                .copy_from_slice(&[0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88]);
+            image[base + 0x14..base + 0x18].fill(0xff);
+        }
+        image
+    }
+
+    #[test]
+    fn every_width_at_every_offset_reads_the_same_bytes() {
+        let map = RegisterMap::new(BLOCKS, SIZE).unwrap();
+        let file = RegisterFile::new(&map);
+        let mut expected = image();
+        expected.extend([0; 0x40]);
+        for width in [1, 2, 3, 4, 5, 7, 8, 12, 16, 64] {
+            for offset in 0..0x80 {
+                let mut data = vec![0xee; width];
+                file.read(&Device::default(), offset as u64, &mut data);
+                assert_eq!(
+                    data,
+                    expected[offset..offset + width],
+                    "{width} at {offset:#x}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_end_of_the_address_space_is_harmless() {
+        let map = RegisterMap::new(BLOCKS, SIZE).unwrap();
+        let file = RegisterFile::new(&map);
+        for offset in [SIZE - 1, SIZE, u64::MAX - 3, u64::MAX] {
+            let mut data = [0xee; 16];
+            file.read(&Device::default(), offset, &mut data);
+            assert_eq!(data, [0; 16]);
+            file.write(&Device::default(), offset, &data);
+        }
+    }
+
+    #[test]
+    fn a_half_merges_with_what_is_stored() {
+        let map = RegisterMap::new(BLOCKS, SIZE).unwrap();
+        let file = RegisterFile::new(&map);
+        file.write(&Device::default(), 0x2c, &[1, 2, 3, 4]);
+        assert_eq!(file.get(&BLOCKS[0], 0, &WIDE), 0x0403_0201_4433_2211);
+        file.write(&Device::default(), 0x29, &[0xaa]);
+        assert_eq!(file.get(&BLOCKS[0], 0, &WIDE), 0x0403_0201_4433_aa11);
+        assert_eq!(file.get(&BLOCKS[0], 1, &WIDE), WIDE.reset);
+    }
+
+    #[test]
+    fn a_straddling_write_meets_each_register_once() {
+        let map = RegisterMap::new(BLOCKS, SIZE).unwrap();
+        let file = RegisterFile::new(&map);
+        let device = Device::default();
+        // The last two bytes of WIDE, all of EFFECT and FLAGS, the first byte of SECRET.
+        file.write(
+            &device,
+            0x4e,
+            &[1, 2, 0x10, 0x20, 0x30, 0x40, 0xf0, 0xff, 0xff, 0xff, 9],
+        );
+        assert_eq!(file.get(&BLOCKS[0], 1, &WIDE), 0x0201_6655_4433_2211);
+        assert_eq!(file.get(&BLOCKS[0], 1, &FLAGS), 0xffff_000f);
+        assert_eq!(
+            *device.written.lock().unwrap(),
+            [
+                (1, "EFFECT", 0x4000_0010, 0xffff_ffff),
+                (1, "SECRET", 9, 0xff)
+            ]
+        );
+    }
+
+    #[test]
+    fn hidden_registers_hold_and_read_zero() {
+        let map = RegisterMap::new(BLOCKS, SIZE).unwrap();
+        let file = RegisterFile::new(&map);
+        file.write(&Device::default(), 0x38, &[0xff; 8]);
+        assert_eq!(file.get(&BLOCKS[0], 0, &SECRET), u64::MAX);
+        let mut data = [0xee; 8];
+        file.read(&Device::default(), 0x38, &mut data);
+        assert_eq!(data, [0; 8]);
+        file.reset();
+        assert_eq!(file.get(&BLOCKS[0], 0, &SECRET), 0);
+    }
+
+    #[test]
+    fn malformed_tables_are_refused() {
+        const FAR: &[Reg] = &[Reg::ro("FAR", 0x1000, W4, "")];
+        const CLASH: &[Reg] = &[Reg::ro("A", 0, W8, ""), Reg::ro("B", 4, W4, "")];
+        const ODD: &[Reg] = &[Reg::ro("ODD", 4, W8, "")];
+        let build = |regs| RegisterMap::new(&[Block { regs, ..BLOCKS[0] }], SIZE).unwrap_err();
+        assert!(matches!(
+            build(FAR),
+            TableError::Outside { offset: 0x1020, .. }
+        ));
+        assert!(matches!(build(CLASH), TableError::Overlap { .. }));
+        assert!(matches!(build(ODD), TableError::Overlap { .. }));
+    }
+
+    proptest! {
+        /// A write in pieces leaves the same as a write in one, where no register acts.
+        #[test]
+        fn pieces_write_the_same(offset in 0u64..0x90, data in prop::collection::vec(any::<u8>(), 1..40), cut in 0usize..40) {
+            let map = RegisterMap::new(BLOCKS, SIZE).unwrap();
+            let (whole, parts) = (RegisterFile::new(&map), RegisterFile::new(&map));
+            whole.write(&Device::default(), offset, &data);
+            let cut = cut.min(data.len());
+            parts.write(&Device::default(), offset, &data[..cut]);
+            parts.write(&Device::default(), offset + cut as u64, &data[cut..]);
+            let show = |file: &RegisterFile<'_>| file.values.iter().map(|v| v.load(Ordering::Relaxed)).collect::<Vec<_>>();
+            prop_assert_eq!(show(&whole), show(&parts));
+        }
+    }
+}

@@ -9,6 +9,7 @@ use numagpu_spec::regs::IrqBits;
 
 use crate::clock::Clock;
 use crate::irq::Irq;
+use crate::limit::LogLimit;
 use crate::ownership::{Duty, Event};
 use crate::partition::Partition;
 
@@ -16,6 +17,7 @@ use crate::partition::Partition;
 struct Shared {
     irq: Arc<Irq>,
     clock: Arc<dyn Clock>,
+    log: LogLimit,
     /// Jobs given and not yet done. Bounded: a partition asks for two at most, see [`crate::ownership`].
     pending: Mutex<usize>,
     done: Condvar,
@@ -34,6 +36,7 @@ impl Scrubber {
             shared: Arc::new(Shared {
                 irq,
                 clock,
+                log: LogLimit::default(),
                 pending: Mutex::new(0),
                 done: Condvar::new(),
             }),
@@ -103,7 +106,9 @@ impl Shared {
         let event = match partition.scrub() {
             Ok(()) => Event::Scrubbed,
             Err(error) => {
-                tracing::error!(%error, "HBM at {:#x} cannot be scrubbed", partition.base());
+                if self.log.allow() {
+                    tracing::error!(%error, "HBM at {:#x} cannot be scrubbed", partition.base());
+                }
                 Event::ScrubFailed
             }
         };

@@ -43,6 +43,8 @@ pub struct Access {
 pub struct RecordingDma {
     mappings: RwLock<Vec<Mapping>>,
     accesses: Mutex<Vec<Access>>,
+    stalled: Mutex<Option<u64>>,
+    resumed: Condvar,
 }
 
 impl RecordingDma {
@@ -86,6 +88,17 @@ impl RecordingDma {
         mappings.retain(|mapping| mapping.address != address);
     }
 
+    /// Makes accesses that cover `address` wait, until [`RecordingDma::resume`].
+    pub fn stall(&self, address: u64) {
+        *lock(&self.stalled) = Some(address);
+    }
+
+    /// Lets waiting accesses go on.
+    pub fn resume(&self) {
+        *lock(&self.stalled) = None;
+        self.resumed.notify_all();
+    }
+
     /// Every access so far, in order.
     pub fn accesses(&self) -> Vec<Access> {
         lock(&self.accesses).clone()
@@ -109,6 +122,14 @@ impl DmaPort for RecordingDma {
             len,
             access,
         });
+        let mut stalled = lock(&self.stalled);
+        while stalled.is_some_and(|at| at >= address && at - address < len) {
+            stalled = self
+                .resumed
+                .wait(stalled)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(stalled);
         let unmapped = DmaError::Unmapped { address, len };
         let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
         let end = address.checked_add(len).ok_or(unmapped)?;
