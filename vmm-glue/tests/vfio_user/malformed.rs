@@ -38,7 +38,15 @@ fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
         |flags, index, start, count| message(SET_IRQS, &irqs_body(flags, index, start, count));
     let multi =
         |count: u64, entries: &[u8]| message(WRITE_MULTI, &[&longs(&[count]), entries].concat());
-    let quiet = |command, body: &[u8]| framed(1, command, 16 + body.len() as u32, NO_REPLY, body);
+    let quiet = |command, body: &[u8]| {
+        framed(
+            1,
+            command,
+            16 + u32::try_from(body.len()).unwrap(),
+            NO_REPLY,
+            body,
+        )
+    };
     let bar_end = BAR0;
     vec![
         ("size 0", framed(1, READ, 0, 0, &[]), ErrnoThenEnd(EINVAL)),
