@@ -7,7 +7,9 @@
     reason = "a benchmark that cannot be set up has nothing to report"
 )]
 
-use std::io::{Read, Write};
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,6 +18,8 @@ use std::time::Instant;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use numagpu_devices::bus::{Attachment, Bar, FunctionLayout, PciFunction, ResetKind};
 use numagpu_vmm_glue::vfio_user::Server;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 /// Bytes of a read request and of its reply with 4 bytes of data; a 4-byte write is as long as the latter.
 const REQUEST: usize = 32;
@@ -186,6 +190,37 @@ fn interleaved(ours: &mut Line, floor: &mut Line) {
     }
 }
 
+/// Maps and unmaps a page, each waited for.
+fn map_and_unmap(line: &mut Line, ram: BorrowedFd<'_>, address: u64) {
+    let [zero, address, size] = [0, address, 4096_u64].map(u64::to_ne_bytes);
+    let head = [32_u32, 3].map(u32::to_ne_bytes).concat();
+    let map = message(2, 0, &[&head, &zero, &address, &size]);
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [ram];
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    let parts = [IoSlice::new(&map)];
+    sendmsg(&line.stream, &parts, &mut control, SendFlags::empty()).unwrap();
+    line.stream.read_exact(&mut [0; 16]).unwrap();
+    let head = [24_u32, 0].map(u32::to_ne_bytes).concat();
+    let unmap = message(3, 0, &[&head, &address, &size]);
+    line.stream.write_all(&unmap).unwrap();
+    line.stream.read_exact(&mut [0; 40]).unwrap();
+}
+
+fn memory_maps(criterion: &mut Criterion) {
+    let mut line = Line::vfio_user();
+    let ram = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&ram, 4096).unwrap();
+    let mut address = 0;
+    criterion.bench_function("dma_map_and_unmap/one_at_a_time", |it| {
+        it.iter(|| {
+            address += 4096;
+            map_and_unmap(&mut line, ram.as_fd(), address);
+        });
+    });
+}
+
 fn register_access(criterion: &mut Criterion) {
     let (mut ours, mut floor) = (Line::vfio_user(), Line::bare());
     interleaved(&mut ours, &mut floor);
@@ -203,5 +238,5 @@ fn register_access(criterion: &mut Criterion) {
     writes.finish();
 }
 
-criterion_group!(benches, register_access);
+criterion_group!(benches, register_access, memory_maps);
 criterion_main!(benches);

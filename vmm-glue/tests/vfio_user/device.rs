@@ -24,6 +24,8 @@ pub struct State {
     pub bar0: Vec<u8>,
     pub events: Vec<&'static str>,
     pub attachment: Option<Attachment>,
+    /// Whether a reset panics.
+    pub broken: bool,
 }
 
 impl Probe {
@@ -76,6 +78,7 @@ pub fn serve() -> Served {
             bar0: vec![0; usize::try_from(BAR0).unwrap()],
             events: Vec::new(),
             attachment: None,
+            broken: false,
         }),
     });
     let dir = tempfile::tempdir().unwrap();
@@ -132,6 +135,8 @@ impl PciFunction for Probe {
     }
 
     fn reset(&self, kind: ResetKind) {
+        let broken = self.state().broken;
+        assert!(!broken, "a bug in the device");
         assert_eq!(kind, ResetKind::Function);
         self.state().events.push("reset");
     }

@@ -134,6 +134,18 @@ fn a_stopper_works_from_another_thread() {
 }
 
 #[test]
+fn a_panic_of_the_device_ends_the_connection_and_the_server_but_not_the_process() {
+    let served = serve();
+    let mut client = Raw::ready(&served.path());
+    served.probe.state().broken = true;
+    client.send(&message(RESET, &[]), &[]);
+    assert!(client.is_closed());
+    served.probe.wait_detached();
+    assert!(!served.server.is_connected());
+    served.server.shutdown();
+}
+
+#[test]
 fn only_a_stale_socket_is_replaced() {
     let served = serve();
     let probe = || Arc::clone(&served.probe) as _;
