@@ -11,7 +11,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 
-use super::wire::{HEADER_SIZE, Header, Refusal};
+use super::refusal::Refusal;
+use super::wire::{HEADER_SIZE, Header};
 use super::{MAX_FDS, MAX_MESSAGE};
 
 /// Bytes asked for in one receive. A socket's default buffer holds a few hundred small messages, which fit.

@@ -6,7 +6,8 @@ use std::sync::{PoisonError, RwLock};
 use numagpu_devices::bus::InterruptSink;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
-use super::wire::{Refusal, SetIrqs};
+use super::refusal::Refusal;
+use super::wire::SetIrqs;
 
 /// Number of interrupt indices of a PCI device: INTx, MSI, MSI-X, ERR, REQ (`VFIO_PCI_NUM_IRQS`).
 pub const COUNT: u32 = 5;

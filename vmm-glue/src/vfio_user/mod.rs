@@ -6,9 +6,11 @@
 //! - [`server`]: the listening socket, its threads, who may connect and when, shutdown.
 //! - [`framing`]: bytes and file descriptors of the stream become messages, however the stream is cut.
 //! - [`wire`]: messages become validated requests, results become replies. Pure.
+//! - [`refusal`]: why a request is not carried out, and its error number.
 //! - [`session`]: one connection's life: version first and once, then any request in order.
 //! - [`regions`]: which accesses a function's regions take.
 //! - [`dma`]: guest memory that the client mapped, as the function's `DmaPort`.
+//! - [`version`]: negotiation of version and capabilities.
 //! - [`irq`]: the client's event descriptors, as the function's `InterruptSink`.
 //!
 //! Not here: mappable regions, `DMA_READ`/`DMA_WRITE` to the client, migration, interrupts other than MSI-X.
@@ -18,6 +20,7 @@
 pub mod dma;
 pub mod framing;
 pub mod irq;
+pub mod refusal;
 pub mod regions;
 pub mod server;
 pub mod session;

@@ -2,7 +2,8 @@
 
 use numagpu_devices::bus::{FunctionLayout, PciFunction};
 
-use super::wire::{Access, Refusal};
+use super::refusal::Refusal;
+use super::wire::Access;
 
 /// Number of regions of a PCI device: six BARs, ROM, configuration space, VGA (`VFIO_PCI_NUM_REGIONS`).
 pub const COUNT: u32 = 9;

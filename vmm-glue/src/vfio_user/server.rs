@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -283,8 +284,15 @@ impl Shared {
             };
             *state = State::Serving(Arc::clone(&client));
             drop(state);
-            if let Err(error) = Session::new(Arc::clone(function)).run(&*client) {
-                tracing::warn!("a vfio-user session ended: {error}");
+            let session = || Session::new(Arc::clone(function)).run(&*client);
+            match catch_unwind(AssertUnwindSafe(session)) {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!("a vfio-user session ended: {error}"),
+                Err(panic) => {
+                    // The function is not to be trusted any more; its client must not wait for it.
+                    self.stop();
+                    resume_unwind(panic);
+                }
             }
             state = self.lock();
             if matches!(*state, State::Serving(_)) {
@@ -356,16 +364,18 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ServerError
     let probe = new_socket().map_err(failed("make a socket"))?;
     match connect(&probe, address) {
         Err(Errno::CONNREFUSED) => unlink(path).map_err(failed("remove the stale socket")),
-        Ok(()) => Err(in_use("another process serves there")),
+        // A full backlog is a server's too.
+        Ok(()) | Err(Errno::AGAIN) => Err(in_use("another process serves there")),
         Err(errno) => Err(failed("look for another server")(errno)),
     }
 }
 
+/// A socket that never blocks; those that are accepted from it do.
 fn new_socket() -> Result<OwnedFd, Errno> {
     socket_with(
         AddressFamily::UNIX,
         SocketType::STREAM,
-        SocketFlags::CLOEXEC,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
         None,
     )
 }

@@ -11,9 +11,10 @@ use rustix::net::{SendFlags, send};
 use super::dma::{DmaTable, MapError};
 use super::framing::Framing;
 use super::irq::{self, IrqTable};
+use super::refusal::Refusal;
 use super::regions::{self, Regions};
 use super::version::{self, negotiate};
-use super::wire::{self, Access, Header, Kind, Refusal, Reply, Request};
+use super::wire::{self, Access, Header, Kind, Reply, Request};
 use super::{MAX_FDS, MAX_TRANSFER};
 
 /// `VFIO_DEVICE_FLAGS_RESET | VFIO_DEVICE_FLAGS_PCI`.

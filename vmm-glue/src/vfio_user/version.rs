@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::wire::Refusal;
+use super::refusal::Refusal;
 use super::{MAX_DMA_MAPS, MAX_FDS, MAX_TRANSFER, PAGE_SIZES};
 
 /// Major version spoken.

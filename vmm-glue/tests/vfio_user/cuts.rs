@@ -1,0 +1,166 @@
+//! However a legal stream is cut or glued, the replies are the same bytes.
+
+use std::io::Read as _;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::device::{Served, serve};
+use crate::raw::*;
+
+/// A message of the stream and the descriptors that go with it.
+type Step = (Vec<u8>, Vec<OwnedFd>);
+
+/// One of everything, with posted writes between.
+fn stream() -> Vec<Step> {
+    let event = || eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    let write = region_body(0x100, 0, 4, &[1, 2, 3, 4]);
+    let posted = framed(1, WRITE, 36, NO_REPLY, &write);
+    let multi: Vec<_> = (0..3)
+        .flat_map(|n| region_body(0x200 + 8 * n, 0, 8, &[9; 8]))
+        .collect();
+    let multi = [longs(&[3]), multi].concat();
+    vec![
+        (version(), vec![]),
+        (
+            message(DMA_MAP, &map_body(3, 0, 0x1000, 0x1000)),
+            vec![memfd(0x1000)],
+        ),
+        (message(GET_INFO, &words(&[16, 0, 0, 0])), vec![]),
+        (
+            message(REGION_INFO, &words(&[32, 0, 7, 0, 0, 0, 0, 0])),
+            vec![],
+        ),
+        (posted.clone(), vec![]),
+        (posted, vec![]),
+        (message(READ, &region_body(0x100, 0, 4, &[])), vec![]),
+        (
+            message(SET_IRQS, &irqs_body(0x24, 2, 0, 2)),
+            vec![event(), event()],
+        ),
+        (message(WRITE, &write), vec![]),
+        (message(WRITE_MULTI, &multi), vec![]),
+        (message(SET_IRQS, &irqs_body(0x24, 2, 4, 1)), vec![event()]),
+        (message(SET_IRQS, &irqs_body(0x24, 2, 4, 1)), vec![]),
+        (message(99, b"odd"), vec![]),
+        (message(DMA_UNMAP, &unmap_body(0, 0x1000, 0x1000)), vec![]),
+        (message(READ, &region_body(0x208, 0, 8, &[])), vec![]),
+        (message(RESET, &[]), vec![]),
+    ]
+}
+
+/// Sends the pieces one by one and returns all that comes back.
+fn replies(served: &Served, pieces: &[(Vec<u8>, Vec<BorrowedFd<'_>>)], pause: Duration) -> Vec<u8> {
+    served.probe.wait_detached();
+    let raw = Raw::connect(&served.path());
+    for (bytes, fds) in pieces {
+        raw.send(bytes, fds);
+        std::thread::sleep(pause);
+    }
+    raw.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut all = Vec::new();
+    (&raw.stream).read_to_end(&mut all).unwrap();
+    all
+}
+
+/// The stream as sends: every message that carries descriptors starts one, and a cut starts another. Descriptors
+/// of a message that is cut come with its first part, or with its second if they are `late`.
+fn cut_at(steps: &[Step], cut: usize, late: bool) -> Vec<(Vec<u8>, Vec<BorrowedFd<'_>>)> {
+    let mut pieces: Vec<(Vec<u8>, Vec<BorrowedFd<'_>>)> = Vec::new();
+    let (mut at, mut fresh) = (0, true);
+    for (bytes, fds) in steps {
+        let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+        let split = cut.checked_sub(at).filter(|n| *n < bytes.len());
+        let (first, second) = bytes.split_at(split.unwrap_or(bytes.len()));
+        if fresh || !fds.is_empty() || split == Some(0) {
+            pieces.push((Vec::new(), Vec::new()));
+        }
+        let inside = split.is_some_and(|n| n > 0);
+        let last = pieces.last_mut().unwrap();
+        last.0.extend(if split == Some(0) { bytes } else { first });
+        if inside && late {
+            pieces.push((second.to_vec(), fds.clone()));
+        } else {
+            last.1.extend(&fds);
+            if inside {
+                pieces.push((second.to_vec(), Vec::new()));
+            }
+        }
+        fresh = !fds.is_empty();
+        at += bytes.len();
+    }
+    pieces
+}
+
+#[test]
+fn a_stream_cut_anywhere_gives_the_same_replies() {
+    let served = serve();
+    let steps = stream();
+    let whole: usize = steps.iter().map(|(bytes, _)| bytes.len()).sum();
+    let pause = Duration::from_micros(200);
+    let expected = replies(
+        &served,
+        &cut_at(&steps, whole, false),
+        Duration::from_millis(5),
+    );
+    assert_eq!(expected.len(), reply_bytes());
+    for cut in 1..whole {
+        let late = cut % 2 == 1;
+        let got = replies(&served, &cut_at(&steps, cut, late), pause);
+        assert!(got == expected, "cut at {cut}, late {late}");
+    }
+}
+
+/// Bytes of all replies to the stream, by the specification's sizes.
+fn reply_bytes() -> usize {
+    let mut raw = Vec::new();
+    raw.extend([16, 32, 48, 36, 16, 32, 24, 16, 16, 16, 40, 40, 16]);
+    let answered = concat!(
+        r#"{"capabilities":{"write_multiple":true,"max_msg_fds":16,"#,
+        r#""max_data_xfer_size":1048576,"pgsizes":4096,"max_dma_maps":65535}}"#,
+        "\0"
+    );
+    raw.iter().sum::<usize>() + 16 + 4 + answered.len()
+}
+
+#[test]
+fn single_bytes_and_one_glued_send_give_the_same_replies() {
+    let served = serve();
+    // Descriptors on the last message only, so that one send can carry all.
+    let mut steps = stream();
+    steps.truncate(2);
+    steps.insert(1, (message(GET_INFO, &words(&[16, 0, 0, 0])), vec![]));
+    steps.insert(2, (message(READ, &region_body(0, 7, 64, &[])), vec![]));
+    let fds: Vec<_> = steps[3].1.iter().map(|fd| fd.as_fd()).collect();
+    let all: Vec<u8> = steps.iter().flat_map(|(bytes, _)| bytes.clone()).collect();
+    let before = all.len() - steps[3].0.len();
+
+    let glued = replies(&served, &[(all.clone(), fds.clone())], Duration::ZERO);
+    let single: Vec<_> = all
+        .iter()
+        .enumerate()
+        .map(|(n, byte)| (vec![*byte], if n == before { fds.clone() } else { vec![] }))
+        .collect();
+    let single = replies(&served, &single, Duration::from_micros(20));
+    assert!(glued == single);
+    let served_maps = served.probe.state();
+    assert_eq!(
+        served_maps.events.iter().filter(|e| **e == "dma").count(),
+        2
+    );
+}
+
+#[test]
+fn a_thousand_posted_writes_and_a_read_keep_their_order() {
+    let served = serve();
+    let mut raw = Raw::ready(&served.path());
+    let mut burst = Vec::new();
+    for n in 0..1000_u32 {
+        let body = region_body(0x40, 0, 4, &n.to_ne_bytes());
+        burst.extend(framed(0, WRITE, 36, NO_REPLY, &body));
+    }
+    burst.extend(message(READ, &region_body(0x40, 0, 4, &[])));
+    raw.send(&burst, &[]);
+    assert_eq!(raw.answer().body[16..], 999_u32.to_ne_bytes());
+}

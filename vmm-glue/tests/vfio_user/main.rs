@@ -1,0 +1,16 @@
+//! The vfio-user server from outside: the `vfio_user` crate's client, and sockets driven by hand.
+
+#[cfg(test)]
+mod cuts;
+#[cfg(test)]
+mod device;
+#[cfg(test)]
+mod lifecycle;
+#[cfg(test)]
+mod malformed;
+#[cfg(test)]
+mod memory;
+#[cfg(test)]
+mod peer;
+#[cfg(test)]
+mod raw;

@@ -1,0 +1,117 @@
+//! Every command that the `vfio_user` crate's client has, which is Cloud Hypervisor's.
+
+use std::os::fd::AsRawFd as _;
+
+use numagpu_devices::bus::{DmaAccess, Mapped};
+use rustix::event::{EventfdFlags, eventfd};
+use vfio_user::Client;
+use vm_memory::Bytes as _;
+
+use crate::device::{BAR0, VECTORS, serve};
+use crate::raw::memfd;
+
+#[test]
+fn regions_and_interrupts_are_as_the_layout_says() {
+    let served = serve();
+    let mut client = Client::new(&served.path()).unwrap();
+    for index in 0..9 {
+        let region = client.region(index).unwrap();
+        let size = match index {
+            0 => BAR0,
+            7 => 4096,
+            _ => 0,
+        };
+        assert_eq!((region.index, region.size), (index, size));
+        assert_eq!(region.flags, if size == 0 { 0 } else { 3 });
+        assert!(region.file_offset.is_none());
+    }
+    assert!(client.region(9).is_none());
+    for index in 0..5 {
+        let info = client.get_irq_info(index).unwrap();
+        let count = if index == 2 { VECTORS.into() } else { 0 };
+        assert_eq!((info.index, info.count), (index, count));
+    }
+    // The crate's flag has the opposite sense of its name.
+    assert!(!client.resettable());
+    client.reset().unwrap();
+    assert_eq!(served.probe.state().events, ["attach", "reset"]);
+}
+
+#[test]
+fn what_is_written_is_read_back_at_any_length() {
+    let served = serve();
+    let mut client = Client::new(&served.path()).unwrap();
+    for len in [1, 2, 3, 4, 8, 13, 4096, 200_000, 1 << 20] {
+        let data: Vec<u8> = (0..=250).cycle().take(len).collect();
+        client.region_write(0, 17, &data).unwrap();
+        let mut seen = vec![0xee; len];
+        client.region_read(0, 17, &mut seen).unwrap();
+        assert!(seen == data, "{len} bytes");
+    }
+    client.region_write(7, 0x40, &[1, 2, 3, 4]).unwrap();
+    let mut seen = [0; 4096];
+    client.region_read(7, 0, &mut seen).unwrap();
+    assert_eq!(seen[0x40..0x44], [1, 2, 3, 4]);
+}
+
+#[test]
+fn memory_is_reached_until_it_is_unmapped() {
+    let served = serve();
+    let mut client = Client::new(&served.path()).unwrap();
+    let ram = memfd(0x4000);
+    client
+        .dma_map(0x1000, 0x10_0000, 0x2000, ram.as_raw_fd())
+        .unwrap();
+    let dma = served.probe.attachment().dma;
+    let mapped = dma.mapped(0x10_0800, 8);
+    assert!(
+        matches!(
+            mapped,
+            Mapped::File {
+                offset: 0x1800,
+                writable: true,
+                ..
+            }
+        ),
+        "{mapped:?}"
+    );
+    dma.access(0x10_0010, 4, DmaAccess::Write, &mut |slice| {
+        slice.write_slice(b"numa", 0).unwrap();
+    })
+    .unwrap();
+    let mut seen = [0; 4];
+    assert_eq!(rustix::io::pread(&ram, &mut seen, 0x1010), Ok(4));
+    assert_eq!(&seen, b"numa");
+    client.dma_unmap(0x10_0000, 0x2000).unwrap();
+    let gone = dma.access(0x10_0010, 4, DmaAccess::Read, &mut |_| panic!("called"));
+    assert!(gone.is_err());
+    assert_eq!(served.probe.state().events, ["attach", "dma", "dma"]);
+}
+
+#[test]
+fn interrupts_reach_the_client() {
+    let served = serve();
+    let mut client = Client::new(&served.path()).unwrap();
+    let events: Vec<_> = (0..16)
+        .map(|_| eventfd(0, EventfdFlags::NONBLOCK).unwrap())
+        .collect();
+    let numbers: Vec<_> = events.iter().map(|event| event.as_raw_fd()).collect();
+    client.set_irqs(2, 0x24, 3, 16, &numbers).unwrap();
+    let irq = served.probe.attachment().irq;
+    assert!(!irq.trigger(2));
+    assert!(irq.trigger(5));
+    assert!(irq.trigger(5));
+    for (n, event) in events.iter().enumerate() {
+        let mut count = [0; 8];
+        let read = rustix::io::read(event, &mut count);
+        assert_eq!(read.is_ok(), n == 2);
+        assert_eq!(u64::from_ne_bytes(count), if n == 2 { 2 } else { 0 });
+    }
+    client.set_irqs(2, 0x24, 5, 1, &[]).unwrap();
+    assert!(!irq.trigger(5));
+    assert!(irq.trigger(6));
+    client.set_irqs(2, 0x21, 7, 1, &[]).unwrap();
+    assert_eq!(rustix::io::read(&events[4], &mut [0; 8]), Ok(8));
+    client.set_irqs(2, 0x21, 0, 0, &[]).unwrap();
+    assert!((0..VECTORS).all(|vector| !irq.trigger(vector)));
+}
