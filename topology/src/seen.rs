@@ -113,6 +113,8 @@ pub struct DaxSeen {
     pub region: Range,
     /// Bytes of the device once the agent has sized it.
     pub size: u64,
+    /// Unit in which it can be mapped.
+    pub align: u64,
     /// Node that its memory would be if it were onlined.
     pub target_node: i32,
     /// Online node next to it.

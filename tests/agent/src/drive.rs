@@ -60,7 +60,7 @@ struct Gpu {
 
 struct Partition {
     range: Range,
-    dax: Option<String>,
+    dax: Option<DaxSeen>,
 }
 
 impl Partition {
@@ -70,14 +70,22 @@ impl Partition {
             .dax
             .as_ref()
             .ok_or_else(|| format!("no dax device at {:#x}", self.range.base))?;
-        let path = format!("/dev/{dax}");
+        let path = format!("/dev/{}", dax.name);
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .open(&path)
             .map_err(|error| format!("{path}: {error}"))?;
-        Mapping::file(&file, offset, WINDOW)
-            .map_err(|error| format!("{path} at {offset:#x}: {error}"))
+        // A dax device is mapped in whole units of its alignment.
+        let unit = dax.align.max(WINDOW as u64);
+        let start = offset / unit * unit;
+        let sizes = usize::try_from(unit)
+            .ok()
+            .zip(usize::try_from(offset - start).ok());
+        let (len, inner) = sizes.ok_or("alignment of more than the address space")?;
+        Mapping::file(&file, start, len)
+            .map(|mapping| mapping.from(inner))
+            .map_err(|error| format!("{path} at {start:#x}: {error}"))
     }
 
     /// Where the CPU writes: the first, a middle and the last 2 MiB.
@@ -480,10 +488,7 @@ impl Gpu {
         let partitions = (0..count)
             .map(|index| {
                 let range = device.hbm(index);
-                let dax = dax
-                    .iter()
-                    .find(|dax| dax.region == range)
-                    .map(|dax| dax.name.clone());
+                let dax = dax.iter().find(|dax| dax.region == range).cloned();
                 Partition { range, dax }
             })
             .collect();

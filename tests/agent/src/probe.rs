@@ -6,6 +6,7 @@ use std::path::Path;
 
 use numagpu_topology::ranges::Range;
 use numagpu_topology::seen::{DaxSeen, NodeSeen, Report, SratMemory};
+use numagpu_topology::size::GIB;
 use rustix::fs::{Mode, OFlags};
 
 /// A file's contents without the white space around them, empty if it cannot be read.
@@ -231,10 +232,18 @@ fn dax_device(devices: &Path, name: String, problems: &mut Vec<String>) -> DaxSe
         link.and_then(|link| Some(link.file_name()?.to_string_lossy().into_owned()))
             .unwrap_or_default()
     };
-    if attribute("size") == "0"
-        && let Err(error) = fs::write(path.join("size"), region_size.to_string())
-    {
-        problems.push(format!("{name}: size {region_size}: {error}"));
+    if attribute("size") == "0" {
+        // Linux keeps a struct page for every page of a dax device, 1 GiB of RAM for 64 GiB of HBM, unless the device is
+        // aligned to 1 GiB: then they share theirs (Documentation/mm/vmemmap_dedup.rst).
+        let large = region_size.is_multiple_of(GIB)
+            && fs::write(path.join("align"), GIB.to_string()).is_ok();
+        if let Err(error) = fs::write(path.join("size"), region_size.to_string()) {
+            problems.push(format!("{name}: size {region_size}: {error}"));
+        }
+        let base = number(&attribute("resource")).unwrap_or(0);
+        if large && !base.is_multiple_of(GIB) {
+            let _ = fs::write(path.join("align"), (2 << 20).to_string());
+        }
     }
     if driver().is_empty()
         && let Err(error) = fs::write("/sys/bus/dax/drivers/device_dax/bind", &name)
@@ -248,6 +257,7 @@ fn dax_device(devices: &Path, name: String, problems: &mut Vec<String>) -> DaxSe
             size: region_size,
         },
         size: number(&attribute("size")).unwrap_or(0),
+        align: number(&attribute("align")).unwrap_or(0),
         target_node: signed("target_node"),
         numa_node: signed("numa_node"),
         driver: driver(),

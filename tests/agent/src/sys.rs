@@ -14,6 +14,8 @@ use rustix::mm::{MapFlags, ProtFlags};
 pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
+    /// Where offset 0 is, in bytes from `base`.
+    start: usize,
 }
 
 // SAFETY: the mapping is owned, and every access is a volatile or atomic one of a whole word.
@@ -34,8 +36,18 @@ impl Mapping {
             )?
         };
         NonNull::new(base.cast())
-            .map(|base| Mapping { base, len })
+            .map(|base| Mapping {
+                base,
+                len,
+                start: 0,
+            })
             .ok_or_else(|| io::Error::other("mmap gave a null pointer"))
+    }
+
+    /// The same mapping with offset 0 moved up by `start` bytes.
+    pub fn from(mut self, start: usize) -> Mapping {
+        self.start += start;
+        self
     }
 
     /// One huge page of 2 MiB, populated and locked. It has one physical address, which does not change.
@@ -52,13 +64,17 @@ impl Mapping {
         };
         let base = NonNull::new(base.cast())
             .ok_or_else(|| io::Error::other("mmap gave a null pointer"))?;
-        Ok(Mapping { base, len })
+        Ok(Mapping {
+            base,
+            len,
+            start: 0,
+        })
     }
 
     /// Physical address of the first byte, from `/proc/self/pagemap` (Linux `Documentation/admin-guide/mm/pagemap.rst`).
     pub fn physical(&self) -> io::Result<u64> {
         let mut pagemap = File::open("/proc/self/pagemap")?;
-        let page = self.base.as_ptr().expose_provenance() as u64 / 4096;
+        let page = (self.base.as_ptr().expose_provenance() + self.start) as u64 / 4096;
         pagemap.seek(SeekFrom::Start(page * 8))?;
         let mut entry = [0; 8];
         pagemap.read_exact(&mut entry)?;
@@ -72,13 +88,14 @@ impl Mapping {
         Ok(frame * 4096)
     }
 
-    /// Bytes.
+    /// Bytes from offset 0 on.
     pub fn len(&self) -> usize {
-        self.len
+        self.len.saturating_sub(self.start)
     }
 
     fn word<T>(&self, offset: usize) -> *mut T {
         let size = size_of::<T>();
+        let offset = self.start.saturating_add(offset);
         assert!(
             offset.is_multiple_of(size)
                 && offset.checked_add(size).is_some_and(|end| end <= self.len),
