@@ -141,3 +141,18 @@ impl PciFunction for Probe {
         self.state().events.push("reset");
     }
 }
+
+/// Whether this process runs no test but `name`, so that its descriptors can be counted. If not, the test is run
+/// in a process that does.
+pub fn is_alone(name: &str) -> bool {
+    let alone = |key| std::env::var_os(key).is_some();
+    if alone("NEXTEST") || alone("PROBE_ALONE") {
+        return true;
+    }
+    let status = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name])
+        .env("PROBE_ALONE", "1")
+        .status();
+    assert!(status.unwrap().success());
+    false
+}

@@ -11,7 +11,7 @@ use numagpu_vmm_glue::vfio_user::{Server, ServerError};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::{FdFlags, fcntl_getfd};
 
-use crate::device::serve;
+use crate::device::{is_alone, serve};
 use crate::raw::*;
 
 const INFO: [u32; 4] = [16, 0, 0, 0];
@@ -22,6 +22,9 @@ fn descriptors() -> usize {
 
 #[test]
 fn two_hundred_clients_leave_no_descriptor_behind() {
+    if !is_alone("lifecycle::two_hundred_clients_leave_no_descriptor_behind") {
+        return;
+    }
     let served = serve();
     let ram = memfd(0x4000);
     let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
