@@ -1,6 +1,9 @@
 //! Developer commands.
 
+mod bench;
+mod demo;
 mod guest;
+mod workspace;
 
 use std::process::ExitCode;
 
@@ -21,13 +24,19 @@ struct Cli {
 /// What to do.
 #[derive(Subcommand)]
 enum Command {
+    /// Boot two machines with numagpu and compare what the guests see with what was planned
+    Demo,
     /// Provide QEMU, firmware, kernels and initramfs for test guests, without touching the system
     Guest(guest::Options),
+    /// Run the benchmarks
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Demo => demo::run(),
         Command::Guest(options) => guest::run(&options),
+        Command::Bench(options) => bench::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
