@@ -3,6 +3,7 @@
 mod bench;
 mod demo;
 mod guest;
+mod lint;
 mod workspace;
 
 use std::process::ExitCode;
@@ -30,6 +31,8 @@ enum Command {
     Guest(guest::Options),
     /// Run the benchmarks
     Bench(bench::Options),
+    /// Check what no compiler checks: who depends on whom, where unsafe code is, what files hold
+    Lint,
 }
 
 fn main() -> ExitCode {
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
         Command::Demo => demo::run(),
         Command::Guest(options) => guest::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Lint => lint::run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
