@@ -110,7 +110,7 @@ pub enum RunError {
         what: String,
     },
     /// A signal stopped the run.
-    #[error("interrupted by signal {signal}")]
+    #[error("interrupted by {}", signal_hook::low_level::signal_name(*.signal).unwrap_or("a signal"))]
     Interrupted {
         /// Which.
         signal: i32,
