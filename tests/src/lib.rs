@@ -1,1 +1,20 @@
-//! Guest harness.
+//! What the integration tests share: where the programs are, a corner of the host for each test, and processes that
+//! do not outlive it.
+//!
+//! | module | what it is for |
+//! |---|---|
+//! | [`programs`] | the `numagpu` binary, the guest assets, and one guest at a time |
+//! | [`corner`] | a test's own directories, and whether anything is left in them |
+//! | [`process`] | a child with its output, deadlines, and a certain end |
+//! | [`host`] | what `/proc` says of processes |
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a harness fails by panicking, in the test that called it"
+)]
+
+pub mod corner;
+pub mod host;
+pub mod process;
+pub mod programs;

@@ -306,7 +306,7 @@ fn gpus(
             })
             .collect();
         let cpu_pxm = u32::try_from(*gpu.cpu.get_ref()).unwrap_or(u32::MAX);
-        let pci_pxm = match gpu.pci_node {
+        let pci_pxm = match gpu.pci_node.get_ref() {
             PciNode::Cpu => cpu_pxm,
             PciNode::Hbm => hbm.first().map_or(cpu_pxm, |hbm| hbm.pxm),
         };

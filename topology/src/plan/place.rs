@@ -5,41 +5,50 @@ use crate::error::MachineError;
 use crate::machine::Machine;
 use crate::platform;
 use crate::ranges::{Range, Space};
-use crate::size::Size;
+use crate::size::{GIB, Size};
 use crate::validate::{self, wrong};
 use crate::{E820_RAM, E820_RESERVED, E820_SOFT_RESERVED};
 
 /// RAM and the window's start, the window, and every HBM range in order.
 type Placed = (platform::Layout, Range, Vec<Range>);
 
-/// Places RAM and HBM: the platform's RAM layout depends on how much is above it, so placement is tried with the
-/// window's smallest size first and again if that moved it.
+/// Places RAM and HBM.
+///
+/// q35 puts RAM and the window beyond the HyperTransport range where they would reach it, which depends on the size of
+/// the window. So HBM is placed with everything low first, and if that reaches too far, again with everything high.
 pub(super) fn place(machine: &Machine, ram: u64) -> Result<Placed, MachineError> {
-    let mut window = 0;
-    loop {
+    let at = |window: u64| -> Result<Placed, MachineError> {
         let layout = platform::layout(ram, window).map_err(|error| {
             machine
                 .text
                 .error(0, "cpu", format!("RAM does not fit: {error}"), None)
         })?;
         let placed = place_hbm(machine, layout.window_base)?;
-        let end = placed
-            .iter()
-            .map(Range::end)
-            .max()
-            .unwrap_or(layout.window_base);
-        if end - layout.window_base <= window
-            || platform::layout(ram, end - layout.window_base).as_ref() == Ok(&layout)
-        {
-            let range = Range {
-                base: layout.window_base,
-                size: end - layout.window_base,
-            };
-            check_bits(machine, range, &placed)?;
-            return Ok((layout, range, placed));
+        let ends = placed.iter().map(Range::end);
+        let size = ends.max().unwrap_or(layout.window_base) - layout.window_base;
+        let range = Range {
+            base: layout.window_base,
+            size,
+        };
+        Ok((layout, range, placed))
+    };
+    let settled = |(layout, window, _): &Placed| {
+        platform::layout(ram, window.size).is_ok_and(|again| again == *layout)
+    };
+    let low = at(0)?;
+    let (layout, window, placed) = if settled(&low) {
+        low
+    } else {
+        let base = low.1.base;
+        let mut high = at(low.1.size)?;
+        if !settled(&high) {
+            // HBM fits in less than what makes q35 move it there, so the window is as large as that takes.
+            high.1.size = high.1.size.max(platform::moving_window(base));
         }
-        window = end - layout.window_base;
-    }
+        high
+    };
+    check_bits(machine, ram, window, &placed)?;
+    Ok((layout, window, placed))
 }
 
 fn place_hbm(machine: &Machine, window_base: u64) -> Result<Vec<Range>, MachineError> {
@@ -76,60 +85,61 @@ fn place_hbm(machine: &Machine, window_base: u64) -> Result<Vec<Range>, MachineE
         };
         if !base.get_ref().0.is_multiple_of(validate::HBM_UNIT) {
             let message = format!("{:#x} is not a multiple of 2 MiB", base.get_ref().0);
-            return Err(wrong(machine, base, key, message, None));
+            let help = validate::would_fit(base.get_ref().0, validate::HBM_UNIT);
+            return Err(wrong(machine, base, key, message, help));
         }
-        if range.base < window_base || range.end() > 1 << 52 {
-            let message = format!(
-                "{:#x}..{:#x} is not in {window_base:#x}..{:#x}",
-                range.base,
-                range.end(),
-                1u64 << 52
-            );
+        let what = match *partition {
+            0 => String::new(),
+            partition => format!("partition {partition} at "),
+        };
+        let what = format!("{what}{:#x}..{:#x}", range.base, range.end());
+        if range.base < window_base {
+            let message = format!("{what} is below {window_base:#x}, where device memory starts");
+            let why = if window_base < platform::AMD_HT.end() {
+                "RAM and the PCI hole below 4 GiB end there"
+            } else {
+                "the machine reaches AMD's HyperTransport range, so that RAM above 4 GiB and all HBM go behind it"
+            };
+            let lowest = Size(window_base).to_string().replace(' ', "");
             let help = Some(format!(
-                "RAM and the PCI hole below 4 GiB end at {window_base:#x} ({})",
-                Size(window_base)
+                "{why}; base = \"{lowest}\" is the lowest that fits"
             ));
             return Err(wrong(machine, base, key, message, help));
         }
+        if range.end() > 1 << 52 {
+            let message = format!("{what} is beyond the 52 address bits of x86-64");
+            let help = Some(format!("the last address is {:#x}", (1u64 << 52) - 1));
+            return Err(wrong(machine, base, key, message, help));
+        }
         if range.overlaps(&platform::AMD_HT) {
-            let message = format!(
-                "{:#x}..{:#x} reaches into the range that AMD's HyperTransport reserves",
-                range.base,
-                range.end()
-            );
+            let message =
+                format!("{what} reaches into the range that AMD's HyperTransport reserves");
             let help = Some(format!(
-                "{:#x}..{:#x} is not memory",
+                "{:#x}..{:#x} is not memory; {:#x} is the first address behind it",
                 platform::AMD_HT.base,
+                platform::AMD_HT.end(),
                 platform::AMD_HT.end()
             ));
             return Err(wrong(machine, base, key, message, help));
         }
         for (other, taken) in &fixed {
-            if range.overlaps(taken) {
-                let message = format!(
-                    "{:#x}..{:#x} overlaps gpu[{other}]'s {:#x}..{:#x}",
-                    range.base,
-                    range.end(),
-                    taken.base,
-                    taken.end()
-                );
-                let help = Some(format!(
-                    "{:#x} is the first address behind it and its gap",
-                    taken.end().saturating_add(gap)
-                ));
-                return Err(wrong(machine, base, key, message, help));
-            }
-            if around(range).overlaps(taken) {
-                let message = format!(
-                    "{:#x}..{:#x} is less than {} away from gpu[{other}]'s {:#x}..{:#x}",
-                    range.base,
-                    range.end(),
-                    Size(gap),
-                    taken.base,
-                    taken.end()
-                );
-                return Err(wrong(machine, base, key, message, None));
-            }
+            let clash = if range.overlaps(taken) {
+                "overlaps".to_owned()
+            } else if around(range).overlaps(taken) {
+                format!("is less than {} away from", Size(gap))
+            } else {
+                continue;
+            };
+            let message = format!(
+                "{what} {clash} gpu[{other}]'s {:#x}..{:#x}",
+                taken.base,
+                taken.end()
+            );
+            let help = Some(format!(
+                "{:#x} is the first address behind it and placement.gap",
+                taken.end().saturating_add(gap)
+            ));
+            return Err(wrong(machine, base, key, message, help));
         }
         fixed.push((*gpu, range));
     }
@@ -152,8 +162,12 @@ fn place_hbm(machine: &Machine, window_base: u64) -> Result<Vec<Range>, MachineE
         let size = partition_size(machine, *gpu);
         // The first range starts where the window does, whatever the alignment: a gap before it would cost it its
         // node number (see `linux::window_entries`). The window is aligned to 1 GiB.
-        let align = if from == window_base {
-            align.min(crate::size::GIB)
+        let start = Range {
+            base: window_base,
+            size,
+        };
+        let align = if from == window_base && space.is_free(start) {
+            align.min(GIB)
         } else {
             align
         };
@@ -172,33 +186,52 @@ fn no_room(machine: &Machine, gpu: usize, message: &str) -> MachineError {
         .gpu
         .get(gpu)
         .map_or(0, |gpu| gpu.get_ref().hbm.span().start);
+    let help = "less HBM, or a smaller placement.align or placement.gap".to_owned();
     machine
         .text
-        .error(offset, format!("gpu[{gpu}].hbm"), message, None)
+        .error(offset, format!("gpu[{gpu}].hbm"), message, Some(help))
 }
 
-fn check_bits(machine: &Machine, window: Range, placed: &[Range]) -> Result<(), MachineError> {
+/// Whether all of it is within the guest's address bits. If not, the key to change is a `base` that is beyond, or the
+/// first HBM that is, or the bits themselves where RAM alone needs more.
+fn check_bits(
+    machine: &Machine,
+    ram: u64,
+    window: Range,
+    placed: &[Range],
+) -> Result<(), MachineError> {
     let bits = *machine.limits.phys_bits.get_ref();
     let used = platform::used_end(window.end());
     if used <= 1u64 << bits {
         return Ok(());
     }
     let needed = 64 - (used - 1).leading_zeros();
-    let beyond = placed
-        .iter()
-        .position(|range| platform::used_end(range.end()) > 1u64 << bits)
-        .unwrap_or(0);
-    let gpu = partitions(machine).get(beyond).map_or(0, |(gpu, _)| *gpu);
+    let beyond = |end: u64| platform::used_end(end) > 1u64 << bits;
+    let ram_alone = platform::layout(ram, 0).is_ok_and(|low| beyond(low.window_base));
+    let all: Vec<_> = partitions(machine)
+        .into_iter()
+        .zip(placed)
+        .filter(|(_, range)| beyond(range.end()) && !ram_alone)
+        .filter_map(|((index, _), _)| Some((index, machine.gpu.get(index)?.get_ref())))
+        .collect();
+    let fixed = all.iter().find(|(_, gpu)| gpu.base.is_some());
+    let first_beyond = fixed.or(all.first());
+    let (offset, key) = match first_beyond {
+        Some((index, gpu)) => match &gpu.base {
+            Some(base) => (base.span().start, format!("gpu[{index}].base")),
+            None => (gpu.hbm.span().start, format!("gpu[{index}].hbm")),
+        },
+        None => (
+            machine.limits.phys_bits.span().start,
+            "limits.phys_bits".to_owned(),
+        ),
+    };
     let hbm: u64 = placed.iter().map(|range| range.size).sum();
-    let offset = machine
-        .gpu
-        .get(gpu)
-        .map_or(0, |gpu| gpu.get_ref().hbm.span().start);
     Err(machine.text.error(
         offset,
-        format!("gpu[{gpu}].hbm"),
+        key,
         format!(
-            "{} of HBM in {} range(s) and the PCI window of {} behind them end at {used:#x}, but {bits} address bits end at {:#x}",
+            "RAM, {} of HBM in {} range(s) and the PCI window of {} behind them end at {used:#x}, but {bits} address bits end at {:#x}",
             Size(hbm),
             placed.len(),
             Size(platform::PCI_HOLE64),

@@ -89,24 +89,35 @@ impl Drop for Qemu {
     }
 }
 
+/// The start of a line without what would move a terminal's cursor: firmware paints its console with escape sequences
+/// (ECMA-48, `ESC [` up to a byte from `@` to `~`).
+fn plain(line: &str) -> String {
+    let mut plain = String::new();
+    let mut rest = line.chars();
+    while let Some(c) = rest.next() {
+        if c == '\u{1b}' {
+            if rest.next() == Some('[') {
+                rest.find(|c| ('@'..='~').contains(c));
+            }
+        } else if !c.is_control() {
+            plain.push(c);
+        }
+    }
+    plain.chars().take(200).collect()
+}
+
 /// The last lines of a file, for an error message.
 fn tail(title: &str, path: &Path) -> String {
     let text = fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&text).into_owned();
     let lines: Vec<&str> = text
         .lines()
-        .filter(|line| !line.trim().is_empty())
+        .filter(|line| !plain(line).trim().is_empty())
         .collect();
     let last = lines
         .get(lines.len().saturating_sub(15)..)
         .unwrap_or_default();
-    let clean = |line: &&str| {
-        line.chars()
-            .filter(|c| !c.is_control())
-            .take(200)
-            .collect::<String>()
-    };
-    let last: Vec<String> = last.iter().map(clean).collect();
+    let last: Vec<String> = last.iter().map(|line| plain(line)).collect();
     if last.is_empty() {
         String::new()
     } else {
@@ -116,6 +127,23 @@ fn tail(title: &str, path: &Path) -> String {
 
 /// Boots the guest and waits for its report or its end.
 pub(super) fn boot(
+    plan: &Plan,
+    options: &Options,
+    host: Host,
+    instance: &Instance,
+    directory: &Path,
+    interrupt: &Interrupt,
+    watch: &mut dyn Watch,
+) -> Result<Option<Report>, RunError> {
+    let result = attempt(plan, options, host, instance, directory, interrupt, watch);
+    // A terminal sends its signal to QEMU too, and QEMU may be gone before we look.
+    match (result, interrupt.raised()) {
+        (Err(_), Some(signal)) => Err(RunError::Interrupted { signal }),
+        (result, _) => result,
+    }
+}
+
+fn attempt(
     plan: &Plan,
     options: &Options,
     mut host: Host,
@@ -162,15 +190,14 @@ pub(super) fn boot(
     let mut qmp = match connected {
         Ok(qmp) => qmp,
         Err(error) => {
-            if let Some(signal) = interrupt.raised() {
-                return Err(RunError::Interrupted { signal });
-            }
             // QEMU's own last words say more than a refused connection.
-            return Err(if qemu.wait(Duration::from_secs(1)) {
-                ended(qemu.ended().unwrap_or_default())
-            } else {
-                error.into()
-            });
+            return Err(
+                if interrupt.raised().is_none() && qemu.wait(Duration::from_secs(1)) {
+                    ended(qemu.ended().unwrap_or_default())
+                } else {
+                    error.into()
+                },
+            );
         }
     };
     check_order(plan, &mut qmp, watch)?;
@@ -260,5 +287,32 @@ fn wait(
                 tail: tails(),
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_moves_the_cursor_is_left_out() {
+        let console = "\u{1b}[2J\u{1b}[001;001H\u{1b}[=3hEFI stub: Loaded\u{7}\r";
+        assert_eq!(plain(console), "EFI stub: Loaded");
+        assert_eq!(plain("\u{1b}[0"), "");
+        assert_eq!(plain(&"x".repeat(500)).len(), 200);
+    }
+
+    #[test]
+    fn a_tail_has_the_last_lines_that_say_something() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        assert_eq!(tail("QEMU", &log), "");
+        std::fs::write(&log, b"\x1b[2J\n\n").unwrap();
+        assert_eq!(tail("QEMU", &log), "");
+        let text: String = (0..40).map(|n| format!("line {n}\n\x1b[0m\n")).collect();
+        std::fs::write(&log, text).unwrap();
+        let tail = tail("QEMU", &log);
+        assert!(tail.starts_with("\nQEMU:\n  line 25\n"), "{tail}");
+        assert!(tail.ends_with("  line 39"), "{tail}");
     }
 }

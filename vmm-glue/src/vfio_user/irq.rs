@@ -9,8 +9,10 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use super::refusal::Refusal;
 use super::wire::SetIrqs;
 
-/// Number of interrupt indices of a PCI device: INTx, MSI, MSI-X, ERR, REQ (`VFIO_PCI_NUM_IRQS`).
-pub const COUNT: u32 = 5;
+/// Number of interrupt indices: INTx, MSI, MSI-X. There is no ERR and no REQ (`VFIO_PCI_NUM_IRQS` with them): a client
+/// that is told of an ERR without a vector warns of missing error recovery at each start (QEMU
+/// `hw/vfio/pci.c`, `vfio_pci_populate_device`), and takes one that does not exist as an older host.
+pub const COUNT: u32 = 3;
 
 /// Index of MSI-X (`VFIO_PCI_MSIX_IRQ_INDEX`).
 pub const MSIX: u32 = 2;

@@ -15,7 +15,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::RunArgs;
-use crate::{Failure, machine};
+use crate::{Failure, is_closed, machine, print, tell};
 
 /// Says on the terminal how far a run is.
 struct Terminal {
@@ -25,11 +25,12 @@ struct Terminal {
 impl Watch for Terminal {
     fn progress(&mut self, text: &str) {
         let plain: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
-        eprintln!("[{:5.1} s] {plain}", self.started.elapsed().as_secs_f64());
+        let seconds = self.started.elapsed().as_secs_f64();
+        tell(format_args!("[{seconds:5.1} s] {plain}"));
     }
 
     fn warning(&mut self, text: &str) {
-        eprintln!("warning: {text}");
+        tell(format_args!("warning: {text}"));
     }
 }
 
@@ -108,7 +109,7 @@ fn options(args: &RunArgs) -> anyhow::Result<Options> {
 pub fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     let plan = machine::load(&args.machine)?;
     for warning in &plan.warnings {
-        eprintln!("warning: {warning}");
+        tell(format_args!("warning: {warning}"));
     }
     let options = options(args)?;
     if args.verify && !options.agent {
@@ -117,9 +118,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
         )));
     }
     if args.dry_run {
-        io::stdout()
-            .lock()
-            .write_all(run::command_line(&plan, &options)?.as_bytes())?;
+        print(run::command_line(&plan, &options)?.as_bytes())?;
         return Ok(ExitCode::SUCCESS);
     }
     let interrupt = Interrupt::default();
@@ -150,28 +149,31 @@ fn compare(
     strict: bool,
 ) -> Result<ExitCode, Failure> {
     let facts = verify(plan, report);
-    let mut out = io::stdout().lock();
-    writeln!(
-        out,
-        "{} on Linux {}, {}",
+    let firmware = match options.boot {
+        BootPath::Ovmf => "OVMF",
+        BootPath::SeaBios => "SeaBIOS with memmap= arguments",
+    };
+    let text = format!(
+        "{} on Linux {}, {firmware}\n{}",
         plan.name,
         report.kernel,
-        match options.boot {
-            BootPath::Ovmf => "OVMF",
-            BootPath::SeaBios => "SeaBIOS with memmap= arguments",
-        }
-    )?;
-    out.write_all(table(&facts, true).as_bytes())?;
-    out.flush()?;
+        table(&facts, true)
+    );
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        // The exit code still tells.
+        Err(error) if is_closed(&error) => {}
+        other => other?,
+    }
     if report.soft_reserved.is_empty() && !plan.gpus.is_empty() && options.boot == BootPath::Ovmf {
-        eprintln!(
+        tell(format_args!(
             "numagpu: the firmware announced none of the {} soft-reserved ranges: it needs edk2-stable202605 or newer; run `cargo xtask guest`, give --firmware PATH, or use --firmware seabios",
             plan.hbm_ranges().len()
-        );
+        ));
     }
     let ok = facts.iter().all(|fact| fact.ok);
     if !ok && io::stderr().is_terminal() {
-        eprintln!("numagpu: the guest is not what was planned; the lines with DIFF say where");
+        tell("numagpu: the guest is not what was planned; the lines with DIFF say where");
     }
     Ok(if ok || !strict {
         ExitCode::SUCCESS

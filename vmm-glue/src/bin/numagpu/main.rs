@@ -5,8 +5,11 @@ mod boot;
 mod machine;
 mod serve;
 
+use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
@@ -39,35 +42,56 @@ fn main() -> ExitCode {
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         .without_time()
+        .log_internal_errors(false)
         .init();
+    // Beyond a file-size limit (`ulimit -f`) the kernel would kill us before an error can say so.
+    let ignored = Arc::new(AtomicBool::new(false));
+    if let Err(error) = signal_hook::flag::register(libc::SIGXFSZ, ignored) {
+        tracing::debug!("SIGXFSZ: {error}");
+    }
     let result = match args.command {
         Command::Presets => presets(),
         Command::Plan(args) => plan(&args),
         Command::Serve(args) => serve::serve(&args),
         Command::Run(args) => boot::run(&args),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Args::command(), "numagpu", &mut io::stdout());
-            Ok(ExitCode::SUCCESS)
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "numagpu", &mut text);
+            print(&text).map(|()| ExitCode::SUCCESS)
         }
         Command::Man => man(),
     };
     match result {
         Ok(code) => code,
         Err(Failure::Input(error)) => {
-            eprintln!("numagpu: {error:#}");
+            tell(format_args!("numagpu: {error:#}"));
             ExitCode::from(2)
         }
         Err(Failure::Failed(error)) => {
-            // Whoever closed our output early does not want to hear of it.
-            let pipe = error
-                .downcast_ref::<io::Error>()
-                .is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe);
-            if !pipe {
-                eprintln!("numagpu: {error:#}");
+            // Whoever closed our output early, as `head` does, has what they wanted.
+            if error.downcast_ref().is_some_and(is_closed) {
+                return ExitCode::SUCCESS;
             }
+            tell(format_args!("numagpu: {error:#}"));
             ExitCode::FAILURE
         }
     }
+}
+
+/// Writes a line to the standard error output, if anybody still reads that.
+fn tell(line: impl Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// Writes to the standard output.
+fn print(text: &[u8]) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    Ok(out.write_all(text).and_then(|()| out.flush())?)
+}
+
+/// Whether nobody reads an output any more.
+fn is_closed(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::BrokenPipe
 }
 
 fn presets() -> Result<ExitCode, Failure> {
@@ -124,11 +148,11 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
         Some(path) => {
             std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?
         }
-        None => io::stdout().lock().write_all(text.as_bytes())?,
+        None => print(text.as_bytes())?,
     }
     if !matches!(args.format, Format::Text) {
         for warning in &plan.warnings {
-            eprintln!("warning: {warning}");
+            tell(format_args!("warning: {warning}"));
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -136,10 +160,11 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
 
 fn man() -> Result<ExitCode, Failure> {
     let command = Args::command();
-    let mut out = io::stdout().lock();
+    let mut out = Vec::new();
     clap_mangen::Man::new(command.clone()).render(&mut out)?;
     for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
         clap_mangen::Man::new(sub.clone()).render(&mut out)?;
     }
+    print(&out)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -13,7 +13,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::ServeArgs;
-use crate::{Failure, machine};
+use crate::{Failure, is_closed, machine};
 
 /// Links that are removed at the end.
 struct Links(Vec<PathBuf>);
@@ -56,13 +56,22 @@ pub fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
             links.0.push(link);
         }
     }
-    for socket in instance.sockets() {
-        println!("{}", socket.display());
+    match announce(&instance, plan.gpus.len()) {
+        // It is served all the same.
+        Err(error) if is_closed(&error) => {}
+        other => other?,
     }
-    println!("ready: {} GPU(s)", plan.gpus.len());
-    io::stdout().flush()?;
     let signal = signals.forever().next();
     tracing::info!(?signal, "stopping");
     drop(instance);
     Ok(ExitCode::SUCCESS)
+}
+
+fn announce(instance: &Instance, gpus: usize) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    for socket in instance.sockets() {
+        writeln!(out, "{}", socket.display())?;
+    }
+    writeln!(out, "ready: {gpus} GPU(s)")?;
+    out.flush()
 }
