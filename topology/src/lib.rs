@@ -26,16 +26,19 @@
 //! | [`qom`] | the order in which QEMU walks its objects |
 //! | [`render`] | outputs for people and programs |
 //! | [`qemu`] | QEMU command lines |
+//! | [`acpi`], [`boot`] | ACPI tables and memory maps as bytes, for other VMMs |
 //! | [`preset`] | machines that come with the crate |
 //! | [`seen`], [`verify`] | what a guest reports, and how it compares |
 //!
 //! The crate is pure: no I/O, no clock, no randomness; the same input gives the same bytes.
 //!
-//! What it does not do yet: exposures other than `spm`, HMAT, ACPI tables as bytes, Cloud Hypervisor's command
-//! line, pictures other than text.
+//! What it does not do yet: exposures other than `spm`, HMAT under QEMU, Cloud Hypervisor's command line, pictures
+//! other than text.
 
 #![forbid(unsafe_code)]
 
+pub mod acpi;
+pub mod boot;
 mod error;
 pub mod linux;
 pub mod machine;

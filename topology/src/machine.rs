@@ -97,6 +97,12 @@ pub struct CpuNode {
     pub cpus: Spanned<Cpus>,
     /// Its RAM; a multiple of 2 MiB.
     pub memory: Spanned<Size>,
+    /// Nanoseconds from its CPUs to its RAM; 0 = not known.
+    #[serde(default)]
+    pub latency_ns: u32,
+    /// MB/s from its CPUs to its RAM; 0 = not known.
+    #[serde(default)]
+    pub bandwidth_mbs: u32,
 }
 
 /// CPUs of a node: a count, or a list such as `0-15,64-79`.
@@ -210,6 +216,12 @@ pub struct Gpu {
     /// Partitions of equal size, 1 to 8, each a proximity domain of its own.
     #[serde(default = "one")]
     pub partitions: Spanned<u32>,
+    /// Nanoseconds from the GPU to its own HBM; 0 = not known.
+    #[serde(default)]
+    pub hbm_latency_ns: u32,
+    /// MB/s from the GPU to its own HBM; 0 = not known.
+    #[serde(default)]
+    pub hbm_bandwidth_mbs: u32,
     /// CPU node it is attached to.
     pub cpu: Spanned<usize>,
     /// How its HBM reaches the guest.

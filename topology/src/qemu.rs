@@ -280,24 +280,11 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
     Ok(args)
 }
 
-/// One socket for each CPU node where all have as many CPUs, so that caches do not span nodes.
+/// Sockets and cores as the plan has them, so that caches do not span nodes where that can be.
 fn cpus(plan: &Plan) -> String {
-    let count = plan.cpu_count();
-    let nodes: Vec<_> = plan
-        .nodes
-        .iter()
-        .filter(|node| !node.cpus.is_empty())
-        .collect();
-    let each = nodes.first().map_or(1, |node| node.cpus.len());
-    let even = nodes
-        .iter()
-        .all(|node| node.cpus.len() == each && node.cpus.is_sorted());
-    let consecutive = nodes.iter().flat_map(|node| &node.cpus).is_sorted();
-    if even && consecutive {
-        format!("{count},sockets={},cores={each},threads=1", nodes.len())
-    } else {
-        format!("{count},sockets={count},cores=1,threads=1")
-    }
+    let (count, cores) = (plan.cpu_count(), plan.cores_per_socket());
+    let sockets = count / cores as usize;
+    format!("{count},sockets={sockets},cores={cores},threads=1")
 }
 
 /// The command line for a shell, one option a line.

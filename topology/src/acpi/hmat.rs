@@ -22,7 +22,11 @@ fn common_divisor(values: &[u64]) -> u64 {
 fn base_unit(values: &[u64]) -> u64 {
     let largest = values.iter().copied().max().unwrap_or(1);
     let exact = common_divisor(values);
-    if largest / exact < u64::from(UNKNOWN) { exact } else { largest.div_ceil(u64::from(UNKNOWN) - 1) }
+    if largest / exact < u64::from(UNKNOWN) {
+        exact
+    } else {
+        largest.div_ceil(u64::from(UNKNOWN) - 1)
+    }
 }
 
 /// System Locality Latency and Bandwidth Information, section 5.2.28.4; none if no pair has a value.
@@ -34,7 +38,11 @@ fn locality(plan: &Plan, data_type: u8, value: impl Fn(u32, u32) -> u64) -> Opti
         .filter(|node| !node.cpus.is_empty() || (node.kind == NodeKind::Hbm && node.online))
         .map(|node| node.pxm)
         .collect();
-    let pairs = || initiators.iter().flat_map(|from| domains.iter().map(move |to| (*from, *to)));
+    let pairs = || {
+        initiators
+            .iter()
+            .flat_map(|from| domains.iter().map(move |to| (*from, *to)))
+    };
     let values: Vec<u64> = pairs().map(|(from, to)| value(from, to)).collect();
     let known: Vec<u64> = values.iter().copied().filter(|value| *value > 0).collect();
     if known.is_empty() {
@@ -52,11 +60,16 @@ fn locality(plan: &Plan, data_type: u8, value: impl Fn(u32, u32) -> u64) -> Opti
     body.extend(word(domains.len()));
     body.extend([0; 4]);
     body.extend(unit.to_le_bytes());
-    initiators.iter().chain(&domains).for_each(|domain| body.extend(domain.to_le_bytes()));
+    initiators
+        .iter()
+        .chain(&domains)
+        .for_each(|domain| body.extend(domain.to_le_bytes()));
     for value in values {
         let entry = match value {
             0 => UNKNOWN,
-            value => u16::try_from((value + unit / 2) / unit).unwrap_or(UNKNOWN - 1).max(1),
+            value => u16::try_from((value + unit / 2) / unit)
+                .unwrap_or(UNKNOWN - 1)
+                .max(1),
         };
         body.extend(entry.to_le_bytes());
     }
@@ -65,11 +78,19 @@ fn locality(plan: &Plan, data_type: u8, value: impl Fn(u32, u32) -> u64) -> Opti
 
 /// The table; none if the machine gives neither latencies nor bandwidths.
 pub(super) fn hmat(plan: &Plan) -> Option<Table> {
-    let latency = |from: u32, to: u32| plan.access(from, to).map_or(0, |access| u64::from(access.latency_ns) * 1000);
-    let bandwidth = |from: u32, to: u32| plan.access(from, to).map_or(0, |access| u64::from(access.bandwidth_mbs));
+    let latency = |from: u32, to: u32| {
+        plan.access(from, to)
+            .map_or(0, |access| u64::from(access.latency_ns) * 1000)
+    };
+    let bandwidth = |from: u32, to: u32| {
+        plan.access(from, to)
+            .map_or(0, |access| u64::from(access.bandwidth_mbs))
+    };
     // Data types 0, access latency in picoseconds, and 3, access bandwidth in MB/s.
-    let structures: Vec<Vec<u8>> =
-        [locality(plan, 0, latency), locality(plan, 3, bandwidth)].into_iter().flatten().collect();
+    let structures: Vec<Vec<u8>> = [locality(plan, 0, latency), locality(plan, 3, bandwidth)]
+        .into_iter()
+        .flatten()
+        .collect();
     if structures.is_empty() {
         return None;
     }
@@ -103,6 +124,9 @@ mod tests {
     #[test]
     fn units_of_values_too_far_apart_hold_the_largest() {
         let unit = base_unit(&[1, 1_000_000]);
-        assert!(1_000_000 / unit < u64::from(UNKNOWN) && 1_000_000 / (unit - 1) >= u64::from(UNKNOWN) - 1);
+        assert!(
+            1_000_000 / unit < u64::from(UNKNOWN)
+                && 1_000_000 / (unit - 1) >= u64::from(UNKNOWN) - 1
+        );
     }
 }

@@ -42,7 +42,10 @@ fn table(signature: &'static str, revision: u8, body: &[u8]) -> Table {
     }
     let mut sdt = Sdt::new(id, HEADER, revision, OEM_ID, OEM_TABLE, OEM_REVISION);
     sdt.append_slice(body);
-    Table { signature, bytes: sdt.as_slice().to_vec() }
+    Table {
+        signature,
+        bytes: sdt.as_slice().to_vec(),
+    }
 }
 
 /// The plan's tables: SRAT, SLIT, HMAT if the machine has latencies or bandwidths, SSDT if it has GPUs.
@@ -60,7 +63,13 @@ pub fn dump(tables: &[Table]) -> String {
         text.push_str(&format!("{} @ 0x0000000000000000\n", table.signature));
         for (row, bytes) in table.bytes.chunks(16).enumerate() {
             let hex: String = bytes.iter().map(|byte| format!("{byte:02X} ")).collect();
-            let printable = |byte: &u8| if byte.is_ascii_graphic() || *byte == b' ' { char::from(*byte) } else { '.' };
+            let printable = |byte: &u8| {
+                if byte.is_ascii_graphic() || *byte == b' ' {
+                    char::from(*byte)
+                } else {
+                    '.'
+                }
+            };
             let ascii: String = bytes.iter().map(printable).collect();
             text.push_str(&format!("    {:04X}: {hex:<48} {ascii}\n", row * 16));
         }

@@ -58,8 +58,11 @@ pub(super) fn srat(plan: &Plan) -> Table {
     body.extend(1u32.to_le_bytes());
     body.extend([0; 8]);
 
-    let mut processors: Vec<(u32, u32)> =
-        plan.nodes.iter().flat_map(|node| node.cpus.iter().map(|cpu| (*cpu, node.pxm))).collect();
+    let mut processors: Vec<(u32, u32)> = plan
+        .nodes
+        .iter()
+        .flat_map(|node| node.cpus.iter().map(|cpu| (*cpu, node.pxm)))
+        .collect();
     processors.sort_unstable();
     for (cpu, pxm) in processors {
         processor(&mut body, plan.apic_id(cpu), pxm);
@@ -67,7 +70,12 @@ pub(super) fn srat(plan: &Plan) -> Table {
     let mut initiators: Vec<(u32, u32, u8)> = plan
         .gpus
         .iter()
-        .flat_map(|gpu| gpu.hbm.iter().filter(|hbm| hbm.initiator.is_some()).map(move |hbm| (hbm.pxm, gpu.bus)))
+        .flat_map(|gpu| {
+            gpu.hbm
+                .iter()
+                .filter(|hbm| hbm.initiator.is_some())
+                .map(move |hbm| (hbm.pxm, gpu.bus))
+        })
         .filter_map(|(pxm, bus)| Some((plan.linux_node(pxm)?, pxm, bus)))
         .collect();
     initiators.sort_unstable();
@@ -77,7 +85,11 @@ pub(super) fn srat(plan: &Plan) -> Table {
     let mut nodes: Vec<_> = plan.nodes.iter().collect();
     nodes.sort_by_key(|node| node.linux_node);
     for node in nodes {
-        let flags = if node.kind == NodeKind::Hbm { SPECIFIC_PURPOSE } else { 0 };
+        let flags = if node.kind == NodeKind::Hbm {
+            SPECIFIC_PURPOSE
+        } else {
+            0
+        };
         for range in &node.ranges {
             memory(&mut body, node.pxm, *range, flags);
         }

@@ -34,7 +34,10 @@ pub(super) fn ssdt(plan: &Plan) -> Option<Table> {
             Name::new(Path::new("_BBN"), &u32::from(gpu.bus)),
             Name::new(Path::new("_PXM"), &gpu.pci_pxm),
         ];
-        let (address, domain) = (Name::new(Path::new("_ADR"), &0u32), Name::new(Path::new("_PXM"), &gpu.pci_pxm));
+        let (address, domain) = (
+            Name::new(Path::new("_ADR"), &0u32),
+            Name::new(Path::new("_PXM"), &gpu.pci_pxm),
+        );
         let function = Device::new(name("GP"), vec![&address, &domain]);
         let mut children: Vec<&dyn Aml> = names.iter().map(|name| name as &dyn Aml).collect();
         children.push(&function);

@@ -8,6 +8,7 @@
 //! Rooms: `place` (addresses), `number` (proximity domains and Linux's node numbers), `fabric` (PCI buses, hives,
 //! links, distances). This one has the types, and puts the parts together.
 
+mod access;
 mod fabric;
 mod number;
 mod place;
@@ -21,6 +22,7 @@ use crate::ranges::Range;
 use crate::size::MIB;
 use crate::validate::{self, Checked};
 
+pub use access::Access;
 pub(crate) use number::backend_names;
 use number::{Initiators, Numbering};
 
@@ -42,6 +44,8 @@ pub struct Plan {
     pub slit: Vec<Vec<u8>>,
     /// GPUs, in the order of the description.
     pub gpus: Vec<Gpu>,
+    /// What is known of latencies and bandwidths, by initiator and target.
+    pub accesses: Vec<Access>,
     /// RAM with the proximity domain it belongs to, ascending.
     pub ram: Vec<NodeRange>,
     /// The device-memory window: from the first HBM range's earliest place to the last one's end.
@@ -180,6 +184,21 @@ impl Plan {
         self.ram.iter().map(|range| range.size).sum()
     }
 
+    /// RAM with the borders between its nodes taken away.
+    pub fn ram_whole(&self) -> Vec<Range> {
+        let mut whole: Vec<Range> = Vec::new();
+        for range in &self.ram {
+            match whole.last_mut() {
+                Some(last) if last.end() == range.base => last.size += range.size,
+                _ => whole.push(Range {
+                    base: range.base,
+                    size: range.size,
+                }),
+            }
+        }
+        whole
+    }
+
     /// All HBM, in order of GPUs and partitions.
     pub fn hbm(&self) -> impl Iterator<Item = &Hbm> {
         self.gpus.iter().flat_map(|gpu| &gpu.hbm)
@@ -254,6 +273,7 @@ pub fn plan(machine: &Machine) -> Result<Plan, MachineError> {
         e820,
         nodes,
         slit,
+        accesses: access::access(machine, &gpus),
         gpus,
         ram,
         window,

@@ -1,0 +1,133 @@
+//! How fast a domain reaches the memory of another, as far as the description says.
+
+use serde::Serialize;
+
+use super::{Gpu, NodeKind, Plan};
+use crate::machine::Machine;
+
+/// Latency and bandwidth from one proximity domain to the memory of another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Access {
+    /// Domain of the CPUs or the GPU that accesses.
+    pub initiator: u32,
+    /// Domain of the memory.
+    pub target: u32,
+    /// Nanoseconds; 0 = not known.
+    pub latency_ns: u32,
+    /// MB/s; 0 = not known.
+    pub bandwidth_mbs: u32,
+}
+
+/// Everything that the description says of accesses: CPUs to their own memory, GPUs to their own HBM, and both to what
+/// their links lead to.
+pub(super) fn access(machine: &Machine, gpus: &[Gpu]) -> Vec<Access> {
+    let mut all = Vec::new();
+    let mut push = |initiator: u32, target: u32, latency_ns: u32, bandwidth_mbs: u32| {
+        if latency_ns > 0 || bandwidth_mbs > 0 {
+            all.push(Access {
+                initiator,
+                target,
+                latency_ns,
+                bandwidth_mbs,
+            });
+        }
+    };
+    for (pxm, node) in (0u32..).zip(&machine.cpu) {
+        push(
+            pxm,
+            pxm,
+            node.get_ref().latency_ns,
+            node.get_ref().bandwidth_mbs,
+        );
+    }
+    for (gpu, described) in gpus.iter().zip(&machine.gpu) {
+        let described = described.get_ref();
+        for from in &gpu.hbm {
+            for to in &gpu.hbm {
+                push(
+                    from.pxm,
+                    to.pxm,
+                    described.hbm_latency_ns,
+                    described.hbm_bandwidth_mbs,
+                );
+            }
+        }
+        for link in &gpu.links {
+            let (latency, bandwidth) = (link.latency_ns, link.bandwidth_mbs);
+            if let Some(cpu) = link
+                .peer
+                .strip_prefix("cpu")
+                .and_then(|cpu| cpu.parse().ok())
+            {
+                for hbm in &gpu.hbm {
+                    push(cpu, hbm.pxm, latency, bandwidth);
+                    push(hbm.pxm, cpu, latency, bandwidth);
+                }
+            }
+            // Each link between GPUs is in the lists of both, so one direction each makes two.
+            let peers = gpus
+                .iter()
+                .filter(|peer| peer.id == link.peer)
+                .flat_map(|peer| &peer.hbm);
+            for to in peers {
+                gpu.hbm
+                    .iter()
+                    .for_each(|from| push(from.pxm, to.pxm, latency, bandwidth));
+            }
+        }
+    }
+    all.sort_by_key(|access| (access.initiator, access.target));
+    all
+}
+
+impl Plan {
+    /// What is known of accesses from one domain to another's memory.
+    pub fn access(&self, initiator: u32, target: u32) -> Option<&Access> {
+        let key = |access: &Access| (access.initiator, access.target);
+        let found = self
+            .accesses
+            .binary_search_by_key(&(initiator, target), key)
+            .ok()?;
+        self.accesses.get(found)
+    }
+
+    /// The CPU node next to a domain: itself if it has CPUs, else the one its GPU is attached to.
+    pub fn nearest_cpu(&self, pxm: u32) -> Option<u32> {
+        let node = self.nodes.iter().find(|node| node.pxm == pxm)?;
+        match node.kind {
+            NodeKind::Cpu => (!node.cpus.is_empty()).then_some(pxm),
+            NodeKind::Hbm => self
+                .gpus
+                .iter()
+                .find(|gpu| node.gpu.as_ref() == Some(&gpu.id))
+                .map(|gpu| gpu.cpu_pxm),
+        }
+    }
+
+    /// CPUs of each socket: those of a CPU node if all nodes have as many, in order; else 1.
+    pub fn cores_per_socket(&self) -> u32 {
+        let nodes: Vec<_> = self
+            .nodes
+            .iter()
+            .filter(|node| !node.cpus.is_empty())
+            .collect();
+        let each = nodes.first().map_or(1, |node| node.cpus.len());
+        let even = nodes
+            .iter()
+            .all(|node| node.cpus.len() == each && node.cpus.is_sorted());
+        let consecutive = nodes.iter().flat_map(|node| &node.cpus).is_sorted();
+        if even && consecutive {
+            u32::try_from(each).unwrap_or(1).max(1)
+        } else {
+            1
+        }
+    }
+
+    /// The APIC id of a CPU: socket above core, the core in as many bits as a socket needs (Intel SDM volume 3,
+    /// section 10.9.1, as QEMU's `include/hw/i386/topology.h` has it).
+    pub fn apic_id(&self, cpu: u32) -> u32 {
+        let cores = self.cores_per_socket();
+        let bits = cores.next_power_of_two().trailing_zeros();
+        ((cpu / cores) << bits) | (cpu % cores)
+    }
+}
