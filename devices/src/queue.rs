@@ -360,7 +360,7 @@ impl Shared {
             let code = self.shown.fault_code.load(Ordering::Acquire);
             let address = self.shown.fault_address.load(Ordering::Acquire);
             let code = QueueFault::from_code(code).map_or("?", QueueFault::name);
-            tracing::warn!(queue = self.index, code, "queue stopped at {address:#x}");
+            tracing::info!(queue = self.index, code, "queue stopped at {address:#x}");
         }
     }
 

@@ -1,6 +1,6 @@
 //! Machine description in, plan out.
 //!
-//! A *machine description* (TOML) says which CPU nodes, GPUs, links and distances a machine has. [`plan`] turns it
+//! A *machine description* (TOML) says which CPU nodes, GPUs, links and distances a machine has. [`plan()`] turns it
 //! into a [`Plan`]: the guest's memory map, its proximity domains, its PCI functions, and what Linux will make of
 //! them. Everything else is a function of the plan: E820 entries, command lines, JSON, a picture for a terminal,
 //! and the list of facts that a booted guest is held against.
@@ -39,6 +39,7 @@
 mod error;
 pub mod linux;
 pub mod machine;
+mod parse;
 pub mod plan;
 pub mod platform;
 pub mod preset;
@@ -52,7 +53,8 @@ mod validate;
 pub mod verify;
 
 pub use error::MachineError;
-pub use machine::{Machine, parse};
+pub use machine::Machine;
+pub use parse::parse;
 pub use plan::{Plan, plan};
 
 /// E820 type of memory that the page allocator may use (ACPI 6.5, table 15.4).

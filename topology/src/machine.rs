@@ -1,5 +1,6 @@
 //! The machine description: what the TOML file says.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::de::{self, Deserialize, Deserializer, Visitor};
@@ -114,6 +115,7 @@ impl Cpus {
     fn parse(text: &str) -> Result<Cpus, String> {
         let wrong = || format!("`{text}` is not a CPU list: write \"0-15,64-79\" or a count");
         let mut cpus = Vec::new();
+        let mut seen = BTreeSet::new();
         for part in text.split(',') {
             let (first, last) = part.split_once('-').unwrap_or((part, part));
             let first: u32 = first.trim().parse().map_err(|_| wrong())?;
@@ -124,6 +126,11 @@ impl Cpus {
                     MAX_CPUS - 1
                 ));
             }
+            // Stops here, so that a list is never longer than there are CPUs.
+            if let Some(cpu) = (first..=last).find(|cpu| seen.contains(cpu)) {
+                return Err(format!("CPU {cpu} is twice in `{text}`"));
+            }
+            seen.extend(first..=last);
             cpus.extend(first..=last);
         }
         Ok(Cpus::List(cpus))
@@ -209,8 +216,8 @@ pub struct Gpu {
     #[serde(default = "spm")]
     pub exposure: Spanned<Exposure>,
     /// Which node its PCI function belongs to.
-    #[serde(default)]
-    pub pci_node: PciNode,
+    #[serde(default = "attached")]
+    pub pci_node: Spanned<PciNode>,
     /// Whether firmware names it as Generic Initiator of its HBM's domains, which keeps those nodes online.
     #[serde(default)]
     pub generic_initiator: bool,
@@ -228,6 +235,10 @@ fn spanned<T>(value: T) -> Spanned<T> {
 
 fn one() -> Spanned<u32> {
     spanned(1)
+}
+
+fn attached() -> Spanned<PciNode> {
+    spanned(PciNode::Cpu)
 }
 
 fn spm() -> Spanned<Exposure> {
@@ -366,54 +377,4 @@ pub struct Source {
     pub mark: Mark,
     /// From where, or why.
     pub from: String,
-}
-
-/// Reads a machine description. `file` is its name in errors.
-///
-/// # Errors
-/// [`MachineError`] with line and key where the text is not TOML, has an unknown key, or a value of the wrong type.
-/// Whether the values make a machine is [`crate::plan()`]'s to say.
-pub fn parse(file: &str, text: &str) -> Result<Machine, MachineError> {
-    let source = SourceText {
-        file: file.to_owned(),
-        text: text.to_owned(),
-    };
-    match toml::from_str::<Machine>(text) {
-        Ok(machine) => Ok(Machine {
-            text: source,
-            ..machine
-        }),
-        Err(error) => {
-            let span = error.span().unwrap_or(0..0);
-            let key = key_at(text, span.start);
-            let message = error.message().replace('\n', "; ");
-            Err(source.error(span.start, key, message, None))
-        }
-    }
-}
-
-/// The key whose line holds the byte at `offset`, with the table it stands in, such as `gpu.hbm`.
-fn key_at(text: &str, offset: usize) -> String {
-    let mut table = "";
-    let mut key = "";
-    let mut start = 0;
-    for line in text.split_inclusive('\n') {
-        if start > offset {
-            break;
-        }
-        let trimmed = line.trim();
-        if trimmed.starts_with('[') {
-            table = trimmed.trim_matches(['[', ']']);
-            key = "";
-        } else if let Some((name, _)) = trimmed.split_once('=') {
-            key = name.trim();
-        }
-        start += line.len();
-    }
-    match (table, key) {
-        ("", "") => "(top level)".to_owned(),
-        ("", key) => key.to_owned(),
-        (table, "") => table.to_owned(),
-        (table, key) => format!("{table}.{key}"),
-    }
 }

@@ -38,7 +38,16 @@ pub const fn low_ram_end(ram: u64) -> u64 {
 
 /// Highest address that the machine uses, the 64-bit PCI window included, plus one.
 pub const fn used_end(window_end: u64) -> u64 {
-    window_end.next_multiple_of(GIB).saturating_add(PCI_HOLE64)
+    match window_end.checked_next_multiple_of(GIB) {
+        Some(end) => end.saturating_add(PCI_HOLE64),
+        None => u64::MAX,
+    }
+}
+
+/// Size of the smallest window, in whole GiB, that makes q35 move what is above 4 GiB beyond [`AMD_HT`], where the
+/// window would begin at `window_base` otherwise.
+pub const fn moving_window(window_base: u64) -> u64 {
+    (AMD_HT.base - PCI_HOLE64).saturating_sub(window_base) / GIB * GIB + GIB
 }
 
 /// Lays out `ram` bytes, with a device-memory window of `window` bytes above.
@@ -104,6 +113,23 @@ mod tests {
             ]
         );
         assert_eq!(layout.window_base, 5 * GIB);
+    }
+
+    #[test]
+    fn the_moving_window_is_the_smallest_that_moves() {
+        for ram in [GIB, 4 * GIB, 700 * GIB] {
+            let below = layout(ram, 0).unwrap();
+            let window = moving_window(below.window_base);
+            assert_eq!(layout(ram, window - GIB).unwrap(), below);
+            assert!(layout(ram, window).unwrap().window_base >= 1 << 40);
+        }
+    }
+
+    #[test]
+    fn the_end_of_the_addresses_does_not_wrap() {
+        assert_eq!(used_end(u64::MAX), u64::MAX);
+        assert!(layout(u64::MAX, u64::MAX).is_err());
+        assert!(layout(GIB, u64::MAX).is_ok());
     }
 
     #[test]

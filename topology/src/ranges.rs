@@ -68,6 +68,11 @@ impl Space {
         }
     }
 
+    /// Whether all of `range` is free.
+    pub fn is_free(&self, range: Range) -> bool {
+        self.free.iter().any(|piece| piece.contains(&range))
+    }
+
     /// Takes `range` out of the free space, free or not.
     pub fn reserve(&mut self, range: Range) {
         let mut free = Vec::with_capacity(self.free.len() + 1);

@@ -135,9 +135,11 @@ pub trait Watch {
 fn host(options: &Options) -> Host {
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let mut append = Vec::new();
-    if options.agent {
-        append.push("console=ttyS0 panic=-1".to_owned());
+    if !options.append.contains("console=") {
+        append.push("console=ttyS0".to_owned());
     }
+    // A guest that nobody looks at ends when its kernel panics.
+    append.extend(options.agent.then(|| "panic=-1".to_owned()));
     append.extend((!options.append.is_empty()).then(|| options.append.clone()));
     Host {
         boot: options.boot,

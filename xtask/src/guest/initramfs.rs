@@ -10,7 +10,8 @@ use anyhow::{Context, Result, bail};
 use cpio::newc::{Builder, trailer};
 use numagpu_vmm_glue::assets::Kernel;
 
-use super::{Workshop, cargo, host};
+use super::{Workshop, host};
+use crate::workspace::cargo;
 
 /// The agent's package and program.
 const AGENT: &str = "numagpu-agent";

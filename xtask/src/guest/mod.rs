@@ -27,7 +27,6 @@ use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -36,6 +35,8 @@ use numagpu_vmm_glue::assets::{self, Assets};
 
 use apt::Apt;
 use archive::Archive;
+
+use crate::workspace::Workspace;
 
 /// Options of `cargo xtask guest`.
 #[derive(Clone, Debug, clap::Args)]
@@ -54,6 +55,17 @@ pub struct Options {
     /// Address of the Debian archive, instead of the one in this machine's apt configuration
     #[arg(long, value_name = "URL")]
     archive: Option<String>,
+}
+
+impl Options {
+    /// What suffices for these kernels, from the machine's own archive.
+    pub fn for_kernels(kernels: &[&str]) -> Self {
+        Self {
+            kernels: kernels.iter().map(|&name| name.to_owned()).collect(),
+            update: false,
+            archive: None,
+        }
+    }
 }
 
 /// Where things are made, and from what.
@@ -102,13 +114,13 @@ pub fn provide(options: &Options) -> Result<PathBuf> {
     if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
         bail!("guests are provided on x86-64 Linux hosts only");
     }
-    let (workspace, target) = cargo_directories()?;
+    let Workspace { root, target } = Workspace::open()?;
     let dir = target.join("guest");
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let shop = Workshop {
         lock: lock(&dir)?,
         dir,
-        workspace,
+        workspace: root,
         options: options.clone(),
         archive: OnceCell::new(),
         apts: RefCell::default(),
@@ -162,31 +174,6 @@ impl Workshop {
         self.apts.borrow_mut().insert(name, Rc::clone(&apt));
         Ok(apt)
     }
-}
-
-/// The workspace's directory and cargo's target directory.
-fn cargo_directories() -> Result<(PathBuf, PathBuf)> {
-    #[derive(serde::Deserialize)]
-    struct Metadata {
-        workspace_root: PathBuf,
-        target_directory: PathBuf,
-    }
-    let mut command = cargo();
-    command.args([
-        "metadata",
-        "--no-deps",
-        "--offline",
-        "--format-version",
-        "1",
-    ]);
-    let metadata: Metadata = serde_json::from_str(&host::output(&mut command)?)
-        .context("cargo metadata is not understood")?;
-    Ok((metadata.workspace_root, metadata.target_directory))
-}
-
-/// The cargo that runs this, or the one in `PATH`.
-fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
 /// Keeps a second run out until this one ends; the file stays, the lock goes with the process.

@@ -1,0 +1,310 @@
+//! Addresses: where RAM and HBM are.
+
+use super::{E820Entry, NodeRange, partition_size, partitions};
+use crate::error::MachineError;
+use crate::machine::Machine;
+use crate::platform;
+use crate::ranges::{Range, Space};
+use crate::size::{GIB, Size};
+use crate::validate::{self, wrong};
+use crate::{E820_RAM, E820_RESERVED, E820_SOFT_RESERVED};
+
+/// RAM and the window's start, the window, and every HBM range in order.
+type Placed = (platform::Layout, Range, Vec<Range>);
+
+/// Places RAM and HBM.
+///
+/// q35 puts RAM and the window beyond the HyperTransport range where they would reach it, which depends on the size of
+/// the window. So HBM is placed with everything low first, and if that reaches too far, again with everything high.
+pub(super) fn place(machine: &Machine, ram: u64) -> Result<Placed, MachineError> {
+    let at = |window: u64| -> Result<Placed, MachineError> {
+        let layout = platform::layout(ram, window).map_err(|error| {
+            machine
+                .text
+                .error(0, "cpu", format!("RAM does not fit: {error}"), None)
+        })?;
+        let placed = place_hbm(machine, layout.window_base)?;
+        let ends = placed.iter().map(Range::end);
+        let size = ends.max().unwrap_or(layout.window_base) - layout.window_base;
+        let range = Range {
+            base: layout.window_base,
+            size,
+        };
+        Ok((layout, range, placed))
+    };
+    let settled = |(layout, window, _): &Placed| {
+        platform::layout(ram, window.size).is_ok_and(|again| again == *layout)
+    };
+    let low = at(0)?;
+    let (layout, window, placed) = if settled(&low) {
+        low
+    } else {
+        let base = low.1.base;
+        let mut high = at(low.1.size)?;
+        if !settled(&high) {
+            // HBM fits in less than what makes q35 move it there, so the window is as large as that takes.
+            high.1.size = high.1.size.max(platform::moving_window(base));
+        }
+        high
+    };
+    check_bits(machine, ram, window, &placed)?;
+    Ok((layout, window, placed))
+}
+
+fn place_hbm(machine: &Machine, window_base: u64) -> Result<Vec<Range>, MachineError> {
+    let align = machine.placement.align.get_ref().0;
+    let gap = machine.placement.gap.get_ref().0;
+    let mut space = Space::new(1 << 52);
+    let mut fixed: Vec<(usize, Range)> = Vec::new();
+    let around = |range: Range| Range {
+        base: range.base.saturating_sub(gap),
+        size: range
+            .size
+            .saturating_add(gap)
+            .saturating_add(range.base.min(gap)),
+    };
+    let all = partitions(machine);
+    for (gpu, partition) in &all {
+        let Some(base) = machine
+            .gpu
+            .get(*gpu)
+            .and_then(|gpu| gpu.get_ref().base.as_ref())
+        else {
+            continue;
+        };
+        let key = format!("gpu[{gpu}].base");
+        let size = partition_size(machine, *gpu);
+        let stride = size
+            .saturating_add(gap)
+            .checked_next_multiple_of(align)
+            .unwrap_or(u64::MAX);
+        let offset = stride.saturating_mul(*partition as u64);
+        let range = Range {
+            base: base.get_ref().0.saturating_add(offset),
+            size,
+        };
+        if !base.get_ref().0.is_multiple_of(validate::HBM_UNIT) {
+            let message = format!("{:#x} is not a multiple of 2 MiB", base.get_ref().0);
+            let help = validate::would_fit(base.get_ref().0, validate::HBM_UNIT);
+            return Err(wrong(machine, base, key, message, help));
+        }
+        let what = match *partition {
+            0 => String::new(),
+            partition => format!("partition {partition} at "),
+        };
+        let what = format!("{what}{:#x}..{:#x}", range.base, range.end());
+        if range.base < window_base {
+            let message = format!("{what} is below {window_base:#x}, where device memory starts");
+            let why = if window_base < platform::AMD_HT.end() {
+                "RAM and the PCI hole below 4 GiB end there"
+            } else {
+                "the machine reaches AMD's HyperTransport range, so that RAM above 4 GiB and all HBM go behind it"
+            };
+            let lowest = Size(window_base).to_string().replace(' ', "");
+            let help = Some(format!(
+                "{why}; base = \"{lowest}\" is the lowest that fits"
+            ));
+            return Err(wrong(machine, base, key, message, help));
+        }
+        if range.end() > 1 << 52 {
+            let message = format!("{what} is beyond the 52 address bits of x86-64");
+            let help = Some(format!("the last address is {:#x}", (1u64 << 52) - 1));
+            return Err(wrong(machine, base, key, message, help));
+        }
+        if range.overlaps(&platform::AMD_HT) {
+            let message =
+                format!("{what} reaches into the range that AMD's HyperTransport reserves");
+            let help = Some(format!(
+                "{:#x}..{:#x} is not memory; {:#x} is the first address behind it",
+                platform::AMD_HT.base,
+                platform::AMD_HT.end(),
+                platform::AMD_HT.end()
+            ));
+            return Err(wrong(machine, base, key, message, help));
+        }
+        for (other, taken) in &fixed {
+            let clash = if range.overlaps(taken) {
+                "overlaps".to_owned()
+            } else if around(range).overlaps(taken) {
+                format!("is less than {} away from", Size(gap))
+            } else {
+                continue;
+            };
+            let message = format!(
+                "{what} {clash} gpu[{other}]'s {:#x}..{:#x}",
+                taken.base,
+                taken.end()
+            );
+            let help = Some(format!(
+                "{:#x} is the first address behind it and placement.gap",
+                taken.end().saturating_add(gap)
+            ));
+            return Err(wrong(machine, base, key, message, help));
+        }
+        fixed.push((*gpu, range));
+    }
+    for (_, range) in &fixed {
+        space.reserve(around(*range));
+    }
+    space.reserve(platform::AMD_HT);
+    let mut next_fixed = fixed.iter();
+    let mut placed = Vec::new();
+    let mut from = window_base;
+    for (gpu, _) in &all {
+        if machine
+            .gpu
+            .get(*gpu)
+            .is_some_and(|gpu| gpu.get_ref().base.is_some())
+        {
+            placed.extend(next_fixed.next().map(|(_, range)| *range));
+            continue;
+        }
+        let size = partition_size(machine, *gpu);
+        // The first range starts where the window does, whatever the alignment: a gap before it would cost it its
+        // node number (see `linux::window_entries`). The window is aligned to 1 GiB.
+        let start = Range {
+            base: window_base,
+            size,
+        };
+        let align = if from == window_base && space.is_free(start) {
+            align.min(GIB)
+        } else {
+            align
+        };
+        let range = space
+            .place(size, align, from)
+            .map_err(|error| no_room(machine, *gpu, &error.to_string()))?;
+        space.reserve(around(range));
+        from = range.end();
+        placed.push(range);
+    }
+    Ok(placed)
+}
+
+fn no_room(machine: &Machine, gpu: usize, message: &str) -> MachineError {
+    let offset = machine
+        .gpu
+        .get(gpu)
+        .map_or(0, |gpu| gpu.get_ref().hbm.span().start);
+    let help = "less HBM, or a smaller placement.align or placement.gap".to_owned();
+    machine
+        .text
+        .error(offset, format!("gpu[{gpu}].hbm"), message, Some(help))
+}
+
+/// Whether all of it is within the guest's address bits. If not, the key to change is a `base` that is beyond, or the
+/// first HBM that is, or the bits themselves where RAM alone needs more.
+fn check_bits(
+    machine: &Machine,
+    ram: u64,
+    window: Range,
+    placed: &[Range],
+) -> Result<(), MachineError> {
+    let bits = *machine.limits.phys_bits.get_ref();
+    let used = platform::used_end(window.end());
+    if used <= 1u64 << bits {
+        return Ok(());
+    }
+    let needed = 64 - (used - 1).leading_zeros();
+    let beyond = |end: u64| platform::used_end(end) > 1u64 << bits;
+    let ram_alone = platform::layout(ram, 0).is_ok_and(|low| beyond(low.window_base));
+    let all: Vec<_> = partitions(machine)
+        .into_iter()
+        .zip(placed)
+        .filter(|(_, range)| beyond(range.end()) && !ram_alone)
+        .filter_map(|((index, _), _)| Some((index, machine.gpu.get(index)?.get_ref())))
+        .collect();
+    let fixed = all.iter().find(|(_, gpu)| gpu.base.is_some());
+    let first_beyond = fixed.or(all.first());
+    let (offset, key) = match first_beyond {
+        Some((index, gpu)) => match &gpu.base {
+            Some(base) => (base.span().start, format!("gpu[{index}].base")),
+            None => (gpu.hbm.span().start, format!("gpu[{index}].hbm")),
+        },
+        None => (
+            machine.limits.phys_bits.span().start,
+            "limits.phys_bits".to_owned(),
+        ),
+    };
+    let hbm: u64 = placed.iter().map(|range| range.size).sum();
+    Err(machine.text.error(
+        offset,
+        key,
+        format!(
+            "RAM, {} of HBM in {} range(s) and the PCI window of {} behind them end at {used:#x}, but {bits} address bits end at {:#x}",
+            Size(hbm),
+            placed.len(),
+            Size(platform::PCI_HOLE64),
+            1u64 << bits
+        ),
+        Some(if needed <= 52 {
+            format!("limits.phys_bits = {needed} would fit")
+        } else {
+            "no x86-64 machine has that many address bits".to_owned()
+        }),
+    ))
+}
+
+/// Gives RAM to the CPU nodes in order, as QEMU does.
+pub(super) fn assign_ram(machine: &Machine, ram: &[Range]) -> Vec<NodeRange> {
+    let mut pieces = ram.iter().copied();
+    let mut piece = pieces.next();
+    let mut assigned = Vec::new();
+    for (pxm, node) in (0u32..).zip(&machine.cpu) {
+        let mut left = node.get_ref().memory.get_ref().0;
+        while let Some(range) = piece.filter(|_| left > 0) {
+            let size = range.size.min(left);
+            assigned.push(NodeRange {
+                pxm,
+                base: range.base,
+                size,
+            });
+            left -= size;
+            let rest = Range {
+                base: range.base + size,
+                size: range.size - size,
+            };
+            piece = if rest.size > 0 {
+                Some(rest)
+            } else {
+                pieces.next()
+            };
+        }
+    }
+    assigned
+}
+
+/// The memory map: RAM around the legacy hole, and HBM.
+pub(super) fn e820(ram: &[Range], hbm: &[Range]) -> Vec<E820Entry> {
+    let entry = |range: Range, kind: u32| E820Entry {
+        base: range.base,
+        size: range.size,
+        kind,
+    };
+    let mut entries = vec![entry(platform::LEGACY_HOLE, E820_RESERVED)];
+    for range in ram {
+        let hole = platform::LEGACY_HOLE;
+        if range.contains(&hole) {
+            entries.push(entry(
+                Range {
+                    base: range.base,
+                    size: hole.base - range.base,
+                },
+                E820_RAM,
+            ));
+            entries.push(entry(
+                Range {
+                    base: hole.end(),
+                    size: range.end() - hole.end(),
+                },
+                E820_RAM,
+            ));
+        } else {
+            entries.push(entry(*range, E820_RAM));
+        }
+    }
+    entries.extend(hbm.iter().map(|range| entry(*range, E820_SOFT_RESERVED)));
+    entries.retain(|entry| entry.size > 0);
+    entries.sort_by_key(|entry| entry.base);
+    entries
+}
