@@ -50,7 +50,7 @@ pub enum HbmError {
         path: PathBuf,
     },
     /// The host cannot make the file.
-    #[error("directory {dir} cannot hold HBM {name}: {errno}; {size} bytes are needed, {} are free", in_words(*.free))]
+    #[error("directory {dir} cannot hold HBM {name}: {errno}; {size} bytes are needed{}; give another --hbm-dir, or none for memory without a file", in_words(*.free))]
     Directory {
         /// The directory.
         dir: PathBuf,
@@ -77,9 +77,9 @@ pub enum HbmError {
     },
 }
 
-/// A number of free bytes in words.
+/// Free bytes in words, if there are any to speak of.
 fn in_words(bytes: Option<u64>) -> String {
-    bytes.map_or_else(|| "an unknown number".to_owned(), |free| free.to_string())
+    bytes.map_or_else(String::new, |free| format!(" and {free} are free"))
 }
 
 /// The memory of one HBM partition, mapped into this process, all zeros at first.
