@@ -40,10 +40,11 @@ const PRIMES: [u32; 29] = [
 ];
 const MIN_SHIFT: usize = 3;
 
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 struct Slot {
     hash: u32,
-    name: String,
+    /// Position in the order of creation.
+    created: usize,
 }
 
 /// A GLib hash table of strings, as far as its order of iteration goes.
@@ -80,8 +81,7 @@ impl Table {
         self.slots.len() - 1
     }
 
-    fn insert(&mut self, name: &str) {
-        let hash = hash(name);
+    fn insert(&mut self, hash: u32) {
         let mut index = self.home(hash);
         let mut step = 0;
         while let Some(Some(_)) = self.slots.get(index) {
@@ -91,7 +91,7 @@ impl Table {
         if let Some(slot) = self.slots.get_mut(index) {
             *slot = Some(Slot {
                 hash,
-                name: name.to_owned(),
+                created: self.used,
             });
         }
         self.used += 1;
@@ -135,17 +135,22 @@ impl Table {
     }
 }
 
-/// The order in which QEMU walks objects that were created in the order given.
-pub fn walk_order<S: AsRef<str>>(created: &[S]) -> Vec<String> {
+/// Positions of objects in the order in which QEMU walks them.
+fn walk<S: AsRef<str>>(created: impl IntoIterator<Item = S>) -> Vec<usize> {
     let mut table = Table::new();
     for name in created {
-        table.insert(name.as_ref());
+        table.insert(hash(name.as_ref()));
     }
-    table
-        .slots
+    let slots = table.slots.into_iter().flatten();
+    slots.map(|slot| slot.created).collect()
+}
+
+/// The order in which QEMU walks objects that were created in the order given.
+pub fn walk_order<S: AsRef<str>>(created: &[S]) -> Vec<String> {
+    walk(created)
         .into_iter()
-        .flatten()
-        .map(|slot| slot.name)
+        .filter_map(|position| created.get(position))
+        .map(|name| name.as_ref().to_owned())
         .collect()
 }
 
@@ -160,12 +165,10 @@ pub fn creation_order(initiators: &[String], backends: &[String]) -> Vec<String>
 pub fn initiator_names(count: usize, backends: &[String]) -> Vec<String> {
     let names =
         |prefix: &str| -> Vec<String> { (0..count).map(|i| format!("{prefix}{i}")).collect() };
+    // The initiators are created first.
     let ascending = |names: &[String]| {
-        let order = walk_order(&creation_order(names, backends));
-        order
-            .iter()
-            .filter(|name| names.contains(name))
-            .eq(names.iter())
+        let order = walk(names.iter().chain(backends));
+        order.into_iter().filter(|i| *i < count).is_sorted()
     };
     let suffixes = std::iter::once(String::new()).chain((b'a'..=b'z').flat_map(|first| {
         std::iter::once(char::from(first).to_string()).chain(
