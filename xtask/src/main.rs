@@ -2,6 +2,7 @@
 
 mod bench;
 mod demo;
+mod docs;
 mod guest;
 mod lint;
 mod workspace;
@@ -33,6 +34,8 @@ enum Command {
     Bench(bench::Options),
     /// Check what no compiler checks: who depends on whom, where unsafe code is, what files hold
     Lint,
+    /// Write the generated pages of docs/
+    Docs(docs::Options),
 }
 
 fn main() -> ExitCode {
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         Command::Guest(options) => guest::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Lint => lint::run(),
+        Command::Docs(options) => docs::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

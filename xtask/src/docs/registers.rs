@@ -1,0 +1,355 @@
+//! `docs/registers.md`: the device as a driver sees it, from the tables of `numagpu-spec`.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use numagpu_spec::regs::{self, Caps, IrqBits};
+use numagpu_spec::table::{Block, Reg};
+use numagpu_spec::{pci, sdma};
+
+use super::comments::Comments;
+use super::markdown::table;
+
+/// What a driver does, in the order in which it does it.
+const INTRODUCTION: &str = include_str!("registers_introduction.md");
+
+/// The page.
+pub fn page(root: &Path) -> Result<String> {
+    let read = |file: &str| {
+        let path = root.join("devices/spec/src").join(file);
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        Comments::read(&text).with_context(|| format!("{} is not understood", path.display()))
+    };
+    let (registers, packets) = (read("regs.rs")?, read("sdma.rs")?);
+    let mut page = INTRODUCTION.to_owned();
+    page += &function();
+    page += "\n## Registers (BAR 0)\n\n";
+    page += &map(regs::BLOCKS);
+    page += LEGEND;
+    for one in regs::BLOCKS {
+        page += &block(one);
+    }
+    page += "\n## Doorbells (BAR 2)\n";
+    page += &block(&pci::doorbell::BLOCK);
+    page += "\n## MSI-X (BAR 4)\n\n";
+    page += &format!(
+        "The table is at {:#x}, the pending bits are at {:#x}. Vector {} tells of faults and \
+         ownership, vector {} + `q` of traps of queue `q`; there are {} vectors.\n",
+        pci::MSIX_TABLE_OFFSET,
+        pci::MSIX_PBA_OFFSET,
+        pci::VECTOR_EVENTS,
+        pci::VECTOR_QUEUE0,
+        pci::VECTOR_COUNT
+    );
+    page += &block(&pci::msix::BLOCK);
+    page += "\n## Bits\n";
+    page += &bits("Caps", &named_bits::<Caps>(), &registers)?;
+    page += &bits("IrqBits", &named_bits::<IrqBits>(), &registers)?;
+    page += "\n## Codes\n";
+    page += &codes(&registers)?;
+    page += &packet_section(&packets)?;
+    Ok(page)
+}
+
+/// What the columns of register tables mean.
+const LEGEND: &str = "\n\
+    Access: `RO` is read only, `RW` read and write, `W1C` cleared by writing ones. A mask says which \
+    bits that holds for, where it is not all of them. *Hidden* registers read as zero whatever they \
+    hold. *Acts* marks those whose write makes the device do something at once. A reset value of `-` \
+    depends on the machine or on what the device does.\n";
+
+/// The identity of the PCI function and its BARs.
+fn function() -> String {
+    let row = |bar: u8, size: u64, what: &str| {
+        [
+            bar.to_string(),
+            format!("{size:#x}"),
+            "64-bit, not prefetchable".to_owned(),
+            what.to_owned(),
+        ]
+    };
+    let bars = [
+        row(pci::BAR_REGISTERS, pci::BAR_REGISTERS_SIZE, "registers"),
+        row(pci::BAR_DOORBELLS, pci::BAR_DOORBELLS_SIZE, "doorbells"),
+        row(
+            pci::BAR_MSIX,
+            pci::BAR_MSIX_SIZE,
+            "MSI-X table and pending bits",
+        ),
+    ];
+    format!(
+        "\n## PCI function\n\nVendor {:#06x}, device {:#06x} by default; class {:#08x}, a processing \
+         accelerator. It has MSI-X and function-level reset.\n\n{}",
+        pci::VENDOR_ID,
+        pci::DEVICE_ID,
+        pci::CLASS_CODE,
+        table(["BAR", "size", "kind", "holds"], &bars)
+    )
+}
+
+/// Where the blocks are.
+fn map(blocks: &[Block]) -> String {
+    let rows: Vec<[String; 5]> = blocks
+        .iter()
+        .map(|block| {
+            [
+                format!("{:#06x}", block.base),
+                format!("`{}`", block.name),
+                block.count.to_string(),
+                format!("{:#x}", block.stride),
+                block.doc.to_owned(),
+            ]
+        })
+        .collect();
+    table(["offset", "block", "instances", "stride", "what"], &rows)
+}
+
+/// One block's registers.
+fn block(block: &Block) -> String {
+    let place = if block.count == 1 {
+        format!("At {:#06x}", block.base)
+    } else {
+        format!(
+            "{} instances, number `i` at {:#06x} + `i` * {:#x}",
+            block.count, block.base, block.stride
+        )
+    };
+    let rows: Vec<[String; 6]> = block.regs.iter().map(register).collect();
+    let head = ["offset", "register", "bytes", "access", "reset", "what"];
+    format!(
+        "\n### {}: {}\n\n{place}.\n\n{}",
+        block.name,
+        block.doc,
+        table(head, &rows)
+    )
+}
+
+/// One register's row.
+fn register(reg: &Reg) -> [String; 6] {
+    let reset = if reg.writable == 0 && reg.w1c == 0 && reg.reset == 0 {
+        "-".to_owned()
+    } else {
+        format!("{:#x}", reg.reset)
+    };
+    [
+        format!("{:#04x}", reg.offset),
+        format!("`{}`", reg.name),
+        reg.width.bytes().to_string(),
+        access(reg),
+        reset,
+        reg.doc.to_owned(),
+    ]
+}
+
+/// What a driver may do with a register.
+fn access(reg: &Reg) -> String {
+    let kind = |name: &str, mask: u64| match mask {
+        0 => None,
+        all if all == reg.width.mask() => Some(name.to_owned()),
+        some => Some(format!("{name} {some:#x}")),
+    };
+    let mut words: Vec<String> = [kind("RW", reg.writable), kind("W1C", reg.w1c)]
+        .into_iter()
+        .flatten()
+        .collect();
+    if words.is_empty() {
+        words.push("RO".to_owned());
+    }
+    if reg.hidden {
+        words.push("hidden".to_owned());
+    }
+    if reg.effect {
+        words.push("acts".to_owned());
+    }
+    words.join(", ")
+}
+
+/// Names and values of the flags of `F`.
+fn named_bits<F: bitflags::Flags>() -> Vec<(&'static str, u64)>
+where
+    F::Bits: Into<u64>,
+{
+    F::FLAGS
+        .iter()
+        .filter(|flag| !flag.name().is_empty())
+        .map(|flag| (flag.name(), flag.value().bits().into()))
+        .collect()
+}
+
+/// A table of flags.
+fn bits(name: &str, flags: &[(&str, u64)], comments: &Comments) -> Result<String> {
+    let mut rows = Vec::new();
+    for (flag, value) in flags {
+        rows.push([
+            value.trailing_zeros().to_string(),
+            format!("`{flag}`"),
+            comments.on(&format!("{name}::{flag}"))?.to_owned(),
+        ]);
+    }
+    let title = comments.on(name)?;
+    Ok(format!(
+        "\n### `{name}`\n\n{title}\n\n{}",
+        table(["bit", "name", "what"], &rows)
+    ))
+}
+
+/// Tables of the codes that registers take.
+fn codes(comments: &Comments) -> Result<String> {
+    let mut text = String::new();
+    macro_rules! list {
+        ($($name:ident)*) => { $(
+            let codes = regs::$name::ALL.iter().map(|code| (code.code(), code.name()));
+            text += &code_table(stringify!($name), codes, comments)?;
+        )* };
+    }
+    list!(BootState Coherence OwnerState OwnerCommand OwnerResult QueueState QueueFault);
+    Ok(text)
+}
+
+/// One table of codes.
+fn code_table(
+    name: &str,
+    codes: impl Iterator<Item = (u32, &'static str)>,
+    comments: &Comments,
+) -> Result<String> {
+    let mut rows = Vec::new();
+    for (code, variant) in codes {
+        rows.push([
+            code.to_string(),
+            format!("`{variant}`"),
+            comments.on(&format!("{name}::{variant}"))?.to_owned(),
+        ]);
+    }
+    let title = comments.on(name)?;
+    Ok(format!(
+        "\n### `{name}`\n\n{title}\n\n{}",
+        table(["code", "name", "what"], &rows)
+    ))
+}
+
+/// The packets of a copy queue.
+fn packet_section(comments: &Comments) -> Result<String> {
+    let mut rows = Vec::new();
+    for (name, op, sub, words) in [
+        ("OP_NOP", sdma::OP_NOP, 0, None),
+        (
+            "OP_COPY",
+            sdma::OP_COPY,
+            sdma::SUBOP_COPY_LINEAR,
+            Some(("COPY_LINEAR_WORDS", sdma::COPY_LINEAR_WORDS)),
+        ),
+        (
+            "OP_WRITE",
+            sdma::OP_WRITE,
+            sdma::SUBOP_WRITE_LINEAR,
+            Some(("WRITE_LINEAR_HEADER_WORDS", sdma::WRITE_LINEAR_HEADER_WORDS)),
+        ),
+        (
+            "OP_FENCE",
+            sdma::OP_FENCE,
+            0,
+            Some(("FENCE_WORDS", sdma::FENCE_WORDS)),
+        ),
+        (
+            "OP_TRAP",
+            sdma::OP_TRAP,
+            0,
+            Some(("TRAP_WORDS", sdma::TRAP_WORDS)),
+        ),
+        (
+            "OP_CONST_FILL",
+            sdma::OP_CONST_FILL,
+            0,
+            Some(("CONST_FILL_WORDS", sdma::CONST_FILL_WORDS)),
+        ),
+    ] {
+        let what = comments.on(name)?;
+        // The sub-opcode has a column of its own.
+        let what = what.split("; sub-opcode").next().unwrap_or(what);
+        let (count, layout) = match words {
+            Some((constant, count)) => (count.to_string(), comments.on(constant)?),
+            None => ("1".to_owned(), "Words: header."),
+        };
+        let layout = layout
+            .rsplit_once(": ")
+            .map_or(layout, |(_, layout)| layout);
+        rows.push([
+            format!("`{}`", name.trim_start_matches("OP_")),
+            op.to_string(),
+            sub.to_string(),
+            count,
+            layout.trim_end_matches('.').to_owned(),
+            format!("{}.", what.trim_end_matches('.')),
+        ]);
+    }
+    let head = ["packet", "opcode", "sub-op", "words", "layout", "what"];
+    Ok(format!(
+        "\n## Packets\n\n\
+         AMD's published SDMA 4.x encoding: little-endian 32-bit words, the first with the opcode in \
+         bits 7:0 and the sub-opcode in bits 15:8. Bits that a packet has no use for must be zero; \
+         another opcode, a set reserved bit or a misaligned address stops the queue with a \
+         `QueueFault`.\n\n{}\n\
+         - Counts are bytes minus one for copy and fill, in bits 21:0, so one packet moves at most \
+         {:#x} bytes; a linear write has words minus one, in bits 19:0, and its data in the packet \
+         after the {} words of the table.\n\
+         - Addresses of a fence, a linear write and a fill by words are multiples of 4.\n\
+         - Bits 31:30 of a fill's header are 0 for a fill with the value's low byte, 2 for one with \
+         the whole word.\n\
+         - Source and destination of a copy may overlap: the result is as if all had been read \
+         before any was written.\n",
+        table(head, &rows),
+        sdma::MAX_COPY,
+        sdma::WRITE_LINEAR_HEADER_WORDS
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use numagpu_spec::table::Width;
+
+    use super::*;
+
+    /// The page of this checkout.
+    fn this_page() -> String {
+        page(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))).unwrap()
+    }
+
+    #[test]
+    fn every_register_flag_and_code_is_on_the_page() {
+        let page = this_page();
+        for block in regs::BLOCKS {
+            for reg in block.regs {
+                assert!(page.contains(&format!("| `{}`", reg.name)), "{}", reg.name);
+            }
+        }
+        for (flag, _) in named_bits::<IrqBits>() {
+            assert!(page.contains(&format!("| `{flag}`")), "{flag}");
+        }
+        for code in regs::QueueFault::ALL {
+            assert!(page.contains(&format!("| `{}`", code.name())));
+        }
+    }
+
+    #[test]
+    fn every_table_of_codes_is_on_the_page() {
+        let source = include_str!("../../../devices/spec/src/regs.rs");
+        let page = this_page();
+        let mut tables = source
+            .split("\ncodes! {")
+            .skip(1)
+            .filter_map(|text| text.lines().map(str::trim).find(|l| l.ends_with('{')))
+            .map(|line| line.trim_end_matches('{').trim());
+        assert!(tables.all(|name| page.contains(&format!("### `{name}`"))));
+    }
+
+    #[test]
+    fn access_says_what_the_masks_say() {
+        let plain = Reg::ro("R", 0, Width::W4, "");
+        assert_eq!(access(&plain), "RO");
+        assert_eq!(access(&plain.w1c(u64::from(u32::MAX))), "W1C");
+        let secret = Reg::rw("R", 0, Width::W8, "").hidden().effect();
+        assert_eq!(access(&secret), "RW, hidden, acts");
+        assert_eq!(access(&secret.writable(3)), "RW 0x3, hidden, acts");
+    }
+}
