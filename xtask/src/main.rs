@@ -5,6 +5,7 @@ mod demo;
 mod docs;
 mod guest;
 mod lint;
+mod test;
 mod workspace;
 
 use std::process::ExitCode;
@@ -28,6 +29,8 @@ struct Cli {
 enum Command {
     /// Boot two machines with numagpu and compare what the guests see with what was planned
     Demo,
+    /// Run every check and test of the project
+    Test(test::Options),
     /// Provide QEMU, firmware, kernels and initramfs for test guests, without touching the system
     Guest(guest::Options),
     /// Run the benchmarks
@@ -41,6 +44,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Demo => demo::run(),
+        Command::Test(options) => test::run(&options),
         Command::Guest(options) => guest::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Lint => lint::run(),
