@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use numagpu_tests::corner::{COMMAND, Corner};
+use numagpu_tests::host::wait_until;
 use numagpu_tests::process::Process;
 use rustix::process::Signal;
 use vfio_user::Client;
@@ -51,10 +52,22 @@ fn names(directory: &Path) -> Vec<String> {
     names
 }
 
+/// Connects as the only client. A test beside this one that starts a process has this one's sockets in it until it
+/// executes, so the last client may seem to live for a moment more.
+#[track_caller]
+fn connect(corner: &Corner, gpu: usize) -> Client {
+    let mut client = None;
+    wait_until(COMMAND, || {
+        client = Client::new(&socket(corner, gpu)).ok();
+        client.is_some()
+    });
+    client.unwrap()
+}
+
 /// A whole client's life: the device says what it is.
 #[track_caller]
 fn check_device(corner: &Corner, gpu: usize) {
-    let mut client = Client::new(&socket(corner, gpu)).unwrap();
+    let mut client = connect(corner, gpu);
     let mut magic = [0; 4];
     client.region_read(0, 0, &mut magic).unwrap();
     assert_eq!(&magic, b"NGPU");
@@ -112,9 +125,9 @@ fn a_client_that_is_gone_in_the_middle_is_followed_by_the_next() {
         check_device(&corner, 0);
     }
     // In the middle of a session, and with a client of the other GPU that does not notice.
-    let mut other = Client::new(&socket(&corner, 1)).unwrap();
+    let mut other = connect(&corner, 1);
     for _ in 0..20 {
-        let mut client = Client::new(&socket(&corner, 0)).unwrap();
+        let mut client = connect(&corner, 0);
         client.region_write(0, 0x100, &[1; 4]).unwrap();
         drop(client);
     }
