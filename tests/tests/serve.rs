@@ -9,12 +9,19 @@
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use numagpu_tests::corner::{COMMAND, Corner};
-use numagpu_tests::host::wait_until;
 use numagpu_tests::process::Process;
 use rustix::process::Signal;
 use vfio_user::Client;
+
+/// One test at a time: a process that another thread starts has this one's sockets until it executes, so a client
+/// that has closed its own would seem to live for a moment more.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Directory of the sockets.
 fn sockets(corner: &Corner) -> PathBuf {
@@ -52,22 +59,10 @@ fn names(directory: &Path) -> Vec<String> {
     names
 }
 
-/// Connects as the only client. A test beside this one that starts a process has this one's sockets in it until it
-/// executes, so the last client may seem to live for a moment more.
-#[track_caller]
-fn connect(corner: &Corner, gpu: usize) -> Client {
-    let mut client = None;
-    wait_until(COMMAND, || {
-        client = Client::new(&socket(corner, gpu)).ok();
-        client.is_some()
-    });
-    client.unwrap()
-}
-
 /// A whole client's life: the device says what it is.
 #[track_caller]
 fn check_device(corner: &Corner, gpu: usize) {
-    let mut client = connect(corner, gpu);
+    let mut client = Client::new(&socket(corner, gpu)).unwrap();
     let mut magic = [0; 4];
     client.region_read(0, 0, &mut magic).unwrap();
     assert_eq!(&magic, b"NGPU");
@@ -86,6 +81,7 @@ fn stop(mut serve: Process, corner: &Corner) {
 
 #[test]
 fn it_says_its_sockets_and_ends_with_sigterm() {
+    let _alone = alone();
     let corner = Corner::new();
     let serve = serve(&corner, true);
     let said = serve.said();
@@ -101,6 +97,7 @@ fn it_says_its_sockets_and_ends_with_sigterm() {
 
 #[test]
 fn memory_without_a_file_has_a_name_as_long_as_it_is_served() {
+    let _alone = alone();
     let corner = Corner::new();
     let serve = serve(&corner, false);
     let link = sockets(&corner).join("gpu1-p0.hbm");
@@ -111,6 +108,7 @@ fn memory_without_a_file_has_a_name_as_long_as_it_is_served() {
 
 #[test]
 fn a_client_that_is_gone_in_the_middle_is_followed_by_the_next() {
+    let _alone = alone();
     let corner = Corner::new();
     let serve = serve(&corner, true);
     // In the middle of the first message, of nothing, and of garbage.
@@ -125,9 +123,9 @@ fn a_client_that_is_gone_in_the_middle_is_followed_by_the_next() {
         check_device(&corner, 0);
     }
     // In the middle of a session, and with a client of the other GPU that does not notice.
-    let mut other = connect(&corner, 1);
+    let mut other = Client::new(&socket(&corner, 1)).unwrap();
     for _ in 0..20 {
-        let mut client = connect(&corner, 0);
+        let mut client = Client::new(&socket(&corner, 0)).unwrap();
         client.region_write(0, 0x100, &[1; 4]).unwrap();
         drop(client);
     }
@@ -144,6 +142,7 @@ fn a_client_that_is_gone_in_the_middle_is_followed_by_the_next() {
 
 #[test]
 fn a_killed_server_is_followed_by_the_next() {
+    let _alone = alone();
     for in_files in [true, false] {
         let corner = Corner::new();
         let mut first = serve(&corner, in_files);
@@ -159,6 +158,7 @@ fn a_killed_server_is_followed_by_the_next() {
 
 #[test]
 fn two_servers_in_one_place_are_one_too_many() {
+    let _alone = alone();
     for (in_files, message) in [
         (
             true,
@@ -182,6 +182,7 @@ fn two_servers_in_one_place_are_one_too_many() {
 
 #[test]
 fn a_place_that_is_none_is_named() {
+    let _alone = alone();
     let corner = Corner::new();
     let nowhere = corner.file("nowhere");
     let nowhere = nowhere.to_string_lossy();
