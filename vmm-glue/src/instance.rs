@@ -132,3 +132,12 @@ impl Instance {
         self.hbm.iter().map(path).collect()
     }
 }
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        self.servers.clear();
+        self.gpus.clear();
+        // A GPU's threads may hold the memory a moment longer, and the process end before they let go.
+        self.hbm.iter().for_each(|hbm| hbm.remove_name());
+    }
+}
