@@ -6,7 +6,8 @@
     reason = "tests fail by panicking"
 )]
 
-use numagpu_tests::corner::Corner;
+use numagpu_tests::corner::{Corner, GUEST, facts};
+use numagpu_tests::process::Process;
 use numagpu_tests::programs::{Turn, assets};
 use numagpu_topology::seen::{GpuSeen, Report, steps};
 
@@ -359,4 +360,31 @@ fn guest_hbm_is_where_the_description_says() {
         })
         .collect();
     assert_eq!(targets, [1, 2, 3]);
+}
+
+/// SeaBIOS where an OVMF should be stands for every firmware that drops soft-reserved ranges, as OVMF before
+/// edk2-stable202605 does.
+#[test]
+fn guest_under_firmware_that_drops_hbm_is_told_apart() {
+    let _turn = Turn::wait();
+    let corner = Corner::new();
+    let seabios = assets().qemu.seabios.unwrap();
+    let firmware = seabios.to_string_lossy();
+    let ended = Process::run(
+        corner.numagpu(&["run", "two-gpu", "--verify", "--firmware", &firmware]),
+        GUEST,
+    );
+    ended.assert_code(1);
+    assert_eq!(
+        ended.message(),
+        "numagpu: the firmware announced none of the 2 soft-reserved ranges: it needs edk2-stable202605 or newer; \
+         run `cargo xtask guest`, give --firmware PATH, or use --firmware seabios",
+    );
+    let (good, all) = facts(&ended.stdout).unwrap();
+    assert!(good < all, "{ended}");
+    assert!(
+        ended.stdout.contains("DIFF E820 soft-reserved entries"),
+        "{ended}"
+    );
+    corner.assert_empty();
 }

@@ -9,11 +9,19 @@
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use numagpu_tests::corner::{COMMAND, Corner};
 use numagpu_tests::process::Process;
 use rustix::process::Signal;
 use vfio_user::Client;
+
+/// One test at a time: a process that another thread starts has this one's sockets until it executes, so a client
+/// that has closed its own would seem to live for a moment more.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Directory of the sockets.
 fn sockets(corner: &Corner) -> PathBuf {
@@ -73,6 +81,7 @@ fn stop(mut serve: Process, corner: &Corner) {
 
 #[test]
 fn it_says_its_sockets_and_ends_with_sigterm() {
+    let _alone = alone();
     let corner = Corner::new();
     let serve = serve(&corner, true);
     let said = serve.said();
@@ -88,6 +97,7 @@ fn it_says_its_sockets_and_ends_with_sigterm() {
 
 #[test]
 fn memory_without_a_file_has_a_name_as_long_as_it_is_served() {
+    let _alone = alone();
     let corner = Corner::new();
     let serve = serve(&corner, false);
     let link = sockets(&corner).join("gpu1-p0.hbm");
@@ -98,6 +108,7 @@ fn memory_without_a_file_has_a_name_as_long_as_it_is_served() {
 
 #[test]
 fn a_client_that_is_gone_in_the_middle_is_followed_by_the_next() {
+    let _alone = alone();
     let corner = Corner::new();
     let serve = serve(&corner, true);
     // In the middle of the first message, of nothing, and of garbage.
@@ -131,6 +142,7 @@ fn a_client_that_is_gone_in_the_middle_is_followed_by_the_next() {
 
 #[test]
 fn a_killed_server_is_followed_by_the_next() {
+    let _alone = alone();
     for in_files in [true, false] {
         let corner = Corner::new();
         let mut first = serve(&corner, in_files);
@@ -146,6 +158,7 @@ fn a_killed_server_is_followed_by_the_next() {
 
 #[test]
 fn two_servers_in_one_place_are_one_too_many() {
+    let _alone = alone();
     for (in_files, message) in [
         (
             true,
@@ -169,6 +182,7 @@ fn two_servers_in_one_place_are_one_too_many() {
 
 #[test]
 fn a_place_that_is_none_is_named() {
+    let _alone = alone();
     let corner = Corner::new();
     let nowhere = corner.file("nowhere");
     let nowhere = nowhere.to_string_lossy();

@@ -85,7 +85,7 @@ pub enum QemuError {
         /// GPUs of the machine.
         gpus: usize,
     },
-    /// The distances say that a node cannot be reached, or the host's files do not match the plan.
+    /// The host has more or fewer files than the plan needs.
     #[error("{what}: the plan has {planned}, the host {given}")]
     Files {
         /// Which files.

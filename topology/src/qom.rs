@@ -7,15 +7,44 @@
 //! the real QEMU before the guest starts whether it agrees.
 
 /// Largest prime below each power of two from 2^3 on, as GLib's `prime_mod` has them.
-const PRIMES: [u32; 14] = [
-    7, 13, 31, 61, 127, 251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521,
+const PRIMES: [u32; 29] = [
+    7,
+    13,
+    31,
+    61,
+    127,
+    251,
+    509,
+    1021,
+    2039,
+    4093,
+    8191,
+    16381,
+    32749,
+    65521,
+    131_071,
+    262_139,
+    524_287,
+    1_048_573,
+    2_097_143,
+    4_194_301,
+    8_388_593,
+    16_777_213,
+    33_554_393,
+    67_108_859,
+    134_217_689,
+    268_435_399,
+    536_870_909,
+    1_073_741_789,
+    2_147_483_647,
 ];
 const MIN_SHIFT: usize = 3;
 
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 struct Slot {
     hash: u32,
-    name: String,
+    /// Position in the order of creation.
+    created: usize,
 }
 
 /// A GLib hash table of strings, as far as its order of iteration goes.
@@ -52,8 +81,7 @@ impl Table {
         self.slots.len() - 1
     }
 
-    fn insert(&mut self, name: &str) {
-        let hash = hash(name);
+    fn insert(&mut self, hash: u32) {
         let mut index = self.home(hash);
         let mut step = 0;
         while let Some(Some(_)) = self.slots.get(index) {
@@ -63,7 +91,7 @@ impl Table {
         if let Some(slot) = self.slots.get_mut(index) {
             *slot = Some(Slot {
                 hash,
-                name: name.to_owned(),
+                created: self.used,
             });
         }
         self.used += 1;
@@ -107,52 +135,136 @@ impl Table {
     }
 }
 
-/// The order in which QEMU walks objects that were created in the order given.
-pub fn walk_order<S: AsRef<str>>(created: &[S]) -> Vec<String> {
+/// Positions of objects in the order in which QEMU walks them.
+fn walk<S: AsRef<str>>(created: impl IntoIterator<Item = S>) -> Vec<usize> {
     let mut table = Table::new();
     for name in created {
-        table.insert(name.as_ref());
+        table.insert(hash(name.as_ref()));
     }
-    table
-        .slots
+    let slots = table.slots.into_iter().flatten();
+    slots.map(|slot| slot.created).collect()
+}
+
+/// The order in which QEMU walks objects that were created in the order given.
+pub fn walk_order<S: AsRef<str>>(created: &[S]) -> Vec<String> {
+    walk(created)
         .into_iter()
-        .flatten()
-        .map(|slot| slot.name)
+        .filter_map(|position| created.get(position))
+        .map(|name| name.as_ref().to_owned())
         .collect()
 }
 
-/// The order in which QEMU creates the objects of a command line: memory backends last, else as given
-/// (`system/vl.c`, `object_create_early`).
+/// QEMU's names of monitors that are no `-object`: objects beside the others from QEMU 11.1 on (measured).
+const MONITORS: [&str; 2] = ["compat_monitor0", "compat_monitor1"];
+
+/// The order in which QEMU creates the objects of a command line with one monitor: memory backends after the rest
+/// (`system/vl.c`, `object_create_early`), then the monitor.
 pub fn creation_order(initiators: &[String], backends: &[String]) -> Vec<String> {
-    initiators.iter().chain(backends).cloned().collect()
+    let monitor = MONITORS.iter().take(1).map(|name| (*name).to_owned());
+    initiators
+        .iter()
+        .chain(backends)
+        .cloned()
+        .chain(monitor)
+        .collect()
 }
 
-/// Names for `count` Generic Initiators such that QEMU, which also has `backends`, walks them in ascending order, if
-/// a prefix with that property is found soon; otherwise plain names. Always the same for the same input.
+/// Names for `count` Generic Initiators such that QEMU, which also has `backends` and one monitor or two, walks them in
+/// ascending order: `gi0`, `gi1` and so on, with letters behind the number where the plain names come in another order.
+/// Always the same for the same input.
 pub fn initiator_names(count: usize, backends: &[String]) -> Vec<String> {
-    let names =
-        |prefix: &str| -> Vec<String> { (0..count).map(|i| format!("{prefix}{i}")).collect() };
-    let ascending = |names: &[String]| {
-        let order = walk_order(&creation_order(names, backends));
-        order
+    let others = |monitors: usize| -> Vec<String> {
+        let monitors = MONITORS
             .iter()
-            .filter(|name| names.contains(name))
-            .eq(names.iter())
+            .take(monitors)
+            .map(|name| (*name).to_owned());
+        backends.iter().cloned().chain(monitors).collect()
     };
-    let suffixes = std::iter::once(String::new()).chain((b'a'..=b'z').flat_map(|first| {
-        std::iter::once(char::from(first).to_string()).chain(
-            (b'a'..=b'z').map(move |second| format!("{}{}", char::from(first), char::from(second))),
-        )
-    }));
-    suffixes
-        .map(|suffix| names(&format!("gi{suffix}")))
-        .find(|names| ascending(names))
-        .unwrap_or_else(|| names("gi"))
+    let (one, two) = (others(1), others(2));
+    // The initiators are created first.
+    let ascending = |names: &[String], others: &[String]| {
+        let order = walk(names.iter().chain(others));
+        order.into_iter().filter(|i| *i < count).is_sorted()
+    };
+    let plain: Vec<String> = (0..count).map(|i| format!("gi{i}")).collect();
+    // One in count! orders is the right one, so trying around is for few names only.
+    let attempts = if count <= 7 { 20_000 } else { 0 };
+    let candidates = || {
+        std::iter::once(plain.clone())
+            .chain(apart(count, &two))
+            .chain(apart(count, &one))
+            .chain((0..attempts).map(|attempt| varied(count, attempt)))
+    };
+    candidates()
+        .find(|names| ascending(names, &one) && ascending(names, &two))
+        .or_else(|| candidates().find(|names| ascending(names, &one)))
+        .unwrap_or(plain)
+}
+
+/// Names whose home slots ascend and differ from each other's and from the backends': they mostly stay at home through
+/// all growth, so their order is that of their homes. Several choices of slots, where the table has room enough.
+fn apart(count: usize, backends: &[String]) -> Vec<Vec<String>> {
+    // The table's size depends on the number of names only.
+    let mut table = Table::new();
+    (0..count + backends.len()).for_each(|i| table.insert(hash(&i.to_string())));
+    let taken: Vec<usize> = backends.iter().map(|name| table.home(hash(name))).collect();
+    let free: Vec<usize> = (0..table.modulus as usize)
+        .filter(|slot| !taken.contains(slot))
+        .collect();
+    let name_at = |i: usize, slot: usize| {
+        let names = suffixes().map(|suffix| format!("gi{i}{suffix}"));
+        names
+            .into_iter()
+            .find(|name| table.home(hash(name)) == slot)
+    };
+    let choice = |shift: usize| -> Option<Vec<String>> {
+        let slot = |i: usize| free.get((i * free.len() + shift) / count);
+        (0..count).map(|i| name_at(i, *slot(i)?)).collect()
+    };
+    if free.len() < count {
+        Vec::new()
+    } else {
+        (0..count).filter_map(choice).collect()
+    }
+}
+
+/// Names with letters that differ from attempt to attempt.
+fn varied(count: usize, attempt: usize) -> Vec<String> {
+    let letter = |number: usize| char::from(b'a' + u8::try_from(number % 26).unwrap_or(0));
+    let suffix = |i: usize| {
+        let number = attempt.wrapping_mul(i * 7 + 31) / 3;
+        format!("{}{}", letter(number), letter(number / 26))
+    };
+    (0..count).map(|i| format!("gi{i}{}", suffix(i))).collect()
+}
+
+/// Nothing, `a` to `z`, `aa` to `zz`.
+fn suffixes() -> impl Iterator<Item = String> {
+    let letters = || (b'a'..=b'z').map(char::from);
+    let one = letters().map(String::from);
+    let two =
+        letters().flat_map(move |first| letters().map(move |second| format!("{first}{second}")));
+    std::iter::once(String::new()).chain(one).chain(two)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn any_number_of_initiators_is_walked_in_order() {
+        for count in 1..=32 {
+            for cpus in [1, 2, 4, 8] {
+                let ram = (0..cpus).map(|i| format!("ram{i}"));
+                let backends: Vec<String> =
+                    ram.chain((0..count).map(|i| format!("hbm{i}"))).collect();
+                let names = initiator_names(count, &backends);
+                let mut order = walk_order(&creation_order(&names, &backends));
+                order.retain(|name| names.contains(name));
+                assert_eq!(order, names, "{count} initiators, {cpus} CPU nodes");
+            }
+        }
+    }
 
     #[test]
     fn the_hash_is_glibs() {
@@ -161,9 +273,61 @@ mod tests {
         assert_eq!(hash(""), 5381);
     }
 
+    fn order(created: &[&str]) -> Vec<String> {
+        walk_order(created)
+    }
+
+    #[test]
+    fn bytes_count_as_signed() {
+        // 5381 * 33 - 61, the byte 0xc3, times 33 - 68, the byte 0xa4.
+        assert_eq!(hash("\u{e4}"), (5381 * 33 - 61) * 33 - 92);
+    }
+
+    #[test]
+    fn a_table_of_eight_slots_is_walked_by_home() {
+        // Hashes are 177670 for "a" and one more for each letter on; home = hash * 11 mod 7.
+        let home = |name: &str| hash(name) * 11 % 7;
+        let mut letters = ["a", "b", "c", "d", "e", "f", "g"];
+        let walked = order(&letters);
+        letters.sort_by_key(|letter| home(letter));
+        assert_eq!(walked, letters);
+        assert_eq!(order(&[]), [""; 0]);
+    }
+
+    #[test]
+    fn who_comes_second_to_a_slot_goes_on() {
+        // "a" and "h" share a home, which is not the last slot.
+        assert_eq!(hash("a") * 11 % 7, hash("h") * 11 % 7);
+        assert_eq!(order(&["a", "h"]), ["a", "h"]);
+        assert_eq!(order(&["h", "a"]), ["h", "a"]);
+    }
+
+    /// Seen with QEMU 11.1: these objects, created in this order, are walked with gi0 before gi1.
+    #[test]
+    fn the_initiators_of_two_gpus_are_walked_as_in_qemu() {
+        let walked = order(&["gi0", "gi1", "ram0", "hbm0", "hbm1"]);
+        let position = |name: &str| walked.iter().position(|walked| walked == name).unwrap();
+        assert!(position("gi0") < position("gi1"), "{walked:?}");
+    }
+
+    #[test]
+    fn up_to_two_names_are_walked_in_order() {
+        for count in 0..=2 {
+            let backends: Vec<String> = (0..count)
+                .map(|i| format!("hbm{i}"))
+                .chain(["ram0".to_owned()])
+                .collect();
+            let names = initiator_names(count, &backends);
+            assert_eq!(names, initiator_names(count, &backends));
+            let mut walked = walk_order(&creation_order(&names, &backends));
+            walked.retain(|name| names.contains(name));
+            assert_eq!(walked, names);
+        }
+    }
+
     #[test]
     fn every_name_is_walked_once_through_all_growth() {
-        let names: Vec<String> = (0..500).map(|i| format!("object{i}")).collect();
+        let names: Vec<String> = (0..70_000).map(|i| format!("object{i}")).collect();
         let mut walked = walk_order(&names);
         assert_ne!(walked, names);
         walked.sort();

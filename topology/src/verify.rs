@@ -69,6 +69,16 @@ fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     }
 }
 
+/// All of what should be one: more than one is as wrong as none.
+fn each(items: impl Iterator<Item = String>) -> String {
+    let items: Vec<String> = items.collect();
+    if items.is_empty() {
+        "none".to_owned()
+    } else {
+        items.join(" and ")
+    }
+}
+
 /// Compares a report with the plan. Every fact is listed, whether it holds or not.
 pub fn verify(plan: &Plan, report: &Report) -> Vec<Fact> {
     let mut facts = Vec::new();
@@ -103,22 +113,20 @@ fn memory_map(plan: &Plan, report: &Report, facts: &mut Vec<Fact>) {
             let seen = report
                 .soft_reserved
                 .iter()
-                .find(|range| range.overlaps(&hbm.range()));
+                .filter(|range| range.overlaps(&hbm.range()));
             facts.push(Fact::text(
                 format!("E820 {} partition {partition}", gpu.id),
                 range_text(hbm.range()),
-                seen.map_or("none".to_owned(), |range| range_text(*range)),
+                each(seen.map(|range| range_text(*range))),
             ));
-            let entry = report
+            let entries = report
                 .srat_memory
                 .iter()
-                .find(|entry| !entry.hotplug && entry.range.overlaps(&hbm.range()));
+                .filter(|entry| !entry.hotplug && entry.range.overlaps(&hbm.range()));
             facts.push(Fact::text(
                 format!("SRAT {} partition {partition}", gpu.id),
                 format!("PXM {} {}", hbm.pxm, range_text(hbm.range())),
-                entry.map_or("none".to_owned(), |entry| {
-                    format!("PXM {} {}", entry.pxm, range_text(entry.range))
-                }),
+                each(entries.map(|entry| format!("PXM {} {}", entry.pxm, range_text(entry.range)))),
             ));
         }
     }
@@ -206,11 +214,12 @@ fn nodes(plan: &Plan, report: &Report, facts: &mut Vec<Fact>) {
             }),
         ));
         if node.kind == NodeKind::Hbm {
-            let memory = seen.map_or(0, |seen| seen.mem_total_kib);
-            facts.push(Fact::equal(
+            facts.push(Fact::text(
                 format!("node {} page-allocator memory in KiB", node.linux_node),
-                &0,
-                &memory,
+                "0".to_owned(),
+                seen.map_or("not online".to_owned(), |seen| {
+                    seen.mem_total_kib.to_string()
+                }),
             ));
         }
     }
@@ -298,6 +307,11 @@ fn gpus(plan: &Plan, report: &Report, facts: &mut Vec<Fact>) {
                 )
             }),
         ));
+        facts.push(Fact::text(
+            format!("{} partitions", gpu.id),
+            gpu.hbm.len().to_string(),
+            seen.map_or("none".to_owned(), |seen| seen.partitions.len().to_string()),
+        ));
         for (partition, hbm) in gpu.hbm.iter().enumerate() {
             let registers = seen.and_then(|seen| seen.partitions.get(partition));
             facts.push(Fact::text(
@@ -309,15 +323,21 @@ fn gpus(plan: &Plan, report: &Report, facts: &mut Vec<Fact>) {
             ));
         }
         for name in steps::ALL {
-            let step = seen.and_then(|seen| seen.steps.iter().find(|step| step.name == *name));
+            let done: Vec<_> = seen
+                .iter()
+                .flat_map(|seen| &seen.steps)
+                .filter(|step| step.name == *name)
+                .collect();
+            // Of a step that was done more than once, the failure counts.
+            let step = done.iter().find(|step| !step.ok).or(done.first());
             facts.push(Fact::check(
                 format!("{} {name}", gpu.id),
                 "works",
                 step.map_or("not done".to_owned(), |step| {
-                    if step.detail.is_empty() {
-                        "works".to_owned()
-                    } else {
-                        step.detail.clone()
+                    match (step.detail.as_str(), step.ok) {
+                        ("", true) => "works".to_owned(),
+                        ("", false) => "failed".to_owned(),
+                        (detail, _) => detail.to_owned(),
                     }
                 }),
                 step.is_some_and(|step| step.ok),

@@ -549,7 +549,7 @@ fn cases(cases: u32) -> ProptestConfig {
 }
 
 proptest! {
-    #![proptest_config(cases(6000))]
+    #![proptest_config(cases(4500))]
     #[test]
     fn a_machine_is_refused_or_its_plan_keeps_the_rules(machine in machine_text()) {
         let text = machine.render();

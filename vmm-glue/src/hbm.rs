@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use numagpu_devices::bus::{BackingId, HbmStore};
 use rustix::fs::{
@@ -50,7 +51,7 @@ pub enum HbmError {
         path: PathBuf,
     },
     /// The host cannot make the file.
-    #[error("directory {dir} cannot hold HBM {name}: {errno}; {size} bytes are needed, {} are free", in_words(*.free))]
+    #[error("directory {dir} cannot hold HBM {name}: {errno}; {size} bytes are needed{}; give another --hbm-dir, or none for memory without a file", in_words(*.free))]
     Directory {
         /// The directory.
         dir: PathBuf,
@@ -77,9 +78,9 @@ pub enum HbmError {
     },
 }
 
-/// A number of free bytes in words.
+/// Free bytes in words, if there are any to speak of.
 fn in_words(bytes: Option<u64>) -> String {
-    bytes.map_or_else(|| "an unknown number".to_owned(), |free| free.to_string())
+    bytes.map_or_else(String::new, |free| format!(" and {free} are free"))
 }
 
 /// The memory of one HBM partition, mapped into this process, all zeros at first.
@@ -91,6 +92,8 @@ pub struct HbmBacking {
     id: BackingId,
     /// Where the file is, if it has a name; it is removed at the end.
     path: Option<PathBuf>,
+    /// Whether the name is gone already; what is there now would be another's.
+    removed: AtomicBool,
 }
 
 /// Removes a named file unless it is kept until a backing owns it.
@@ -155,6 +158,16 @@ impl HbmBacking {
         self.path.as_deref()
     }
 
+    /// Removes the file's name now, if it has one. The memory stays until the last owner lets go of it.
+    pub fn remove_name(&self) {
+        if let Some(path) = &self.path
+            && !self.removed.swap(true, Ordering::AcqRel)
+        {
+            // The lock is held, so the name is this very file's.
+            let _ = unlink(path);
+        }
+    }
+
     fn map(name: &str, size: u64, fd: OwnedFd, mut named: Named) -> Result<Self, HbmError> {
         let host = |source| HbmError::Host {
             doing: "map",
@@ -178,6 +191,7 @@ impl HbmBacking {
             size,
             id,
             path: named.0.take(),
+            removed: AtomicBool::new(false),
         })
     }
 
@@ -256,10 +270,7 @@ fn free_in(dir: &Path) -> Option<u64> {
 
 impl Drop for HbmBacking {
     fn drop(&mut self) {
-        if let Some(path) = self.path.take() {
-            // The lock is held, so the name is this very file's.
-            let _ = unlink(&path);
-        }
+        self.remove_name();
     }
 }
 
@@ -351,6 +362,21 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         drop(hbm);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_name_is_removed_once_and_never_another_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let hbm = Arc::new(HbmBacking::in_dir(dir.path(), "hbm", 4096).unwrap());
+        let held = Arc::clone(&hbm);
+        hbm.remove_name();
+        drop(hbm);
+        assert!(!dir.path().join("hbm").exists());
+        let next = HbmBacking::in_dir(dir.path(), "hbm", 4096).unwrap();
+        drop(held);
+        assert!(dir.path().join("hbm").exists());
+        drop(next);
+        assert!(!dir.path().join("hbm").exists());
     }
 
     #[test]

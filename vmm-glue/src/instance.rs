@@ -112,12 +112,16 @@ impl Instance {
         self.gpus.iter().map(|gpu| gpu.status()).collect()
     }
 
-    /// Descriptors of the HBM, in order of GPUs and partitions.
+    /// Descriptors of the HBM that has no file name, in order of GPUs and partitions.
+    ///
+    /// A child that inherited the descriptor of a named file would hold its lock too, and, while it dies of this
+    /// process's death, keep the next one out.
     pub fn hbm_fds(&self) -> Vec<BorrowedFd<'_>> {
-        self.hbm.iter().map(|hbm| hbm.as_fd()).collect()
+        let unnamed = self.hbm.iter().filter(|hbm| hbm.path().is_none());
+        unnamed.map(|hbm| hbm.as_fd()).collect()
     }
 
-    /// Paths by which a child that inherits [`Instance::hbm_fds`] opens the HBM, in the same order.
+    /// Paths by which a child that inherits [`Instance::hbm_fds`] opens the HBM, in order of GPUs and partitions.
     pub fn hbm_paths_for_child(&self) -> Vec<PathBuf> {
         let path = |hbm: &Arc<HbmBacking>| {
             hbm.path().map_or_else(
@@ -126,5 +130,14 @@ impl Instance {
             )
         };
         self.hbm.iter().map(path).collect()
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        self.servers.clear();
+        self.gpus.clear();
+        // A GPU's threads may hold the memory a moment longer, and the process end before they let go.
+        self.hbm.iter().for_each(|hbm| hbm.remove_name());
     }
 }

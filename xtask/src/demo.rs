@@ -25,7 +25,7 @@ pub fn run() -> Result<()> {
     println!("demo: guest assets");
     let assets = guest::provide(&guest::Options::for_kernels(&[KERNEL]))?;
     println!("demo: the numagpu command");
-    let numagpu = Workspace::open()?.numagpu()?;
+    let numagpu = Workspace::open()?.numagpu(&["-p", "numagpu-vmm-glue"])?;
     // All machines are tried, so that one report says how each did.
     let outcomes = PRESETS.map(|preset| (preset, boot(Command::new(&numagpu), &assets, preset)));
     println!(

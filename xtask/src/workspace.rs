@@ -24,13 +24,16 @@ impl Workspace {
         metadata()
     }
 
-    /// Builds the `numagpu` command and returns where it is.
+    /// Builds the `numagpu` command in the dev profile and returns where it is.
     ///
-    /// In the dev profile and with the features that the whole workspace gives its dependencies, so
-    /// that demo, documents and tests share one build of everything.
-    pub fn numagpu(&self) -> Result<PathBuf> {
+    /// `packages` selects the features of its dependencies: with `--workspace` they are as in tests,
+    /// with its own package they are, but for a few, as in this program, which is there already.
+    pub fn numagpu(&self, packages: &[&str]) -> Result<PathBuf> {
         let mut command = self.cargo();
-        command.args(["build", "--workspace", "--bin", "numagpu"]);
+        command
+            .arg("build")
+            .args(packages)
+            .args(["--bin", "numagpu"]);
         say(&command);
         command.arg("--message-format=json-render-diagnostics");
         let mut program = None;

@@ -308,3 +308,60 @@ pub(super) fn e820(ram: &[Range], hbm: &[Range]) -> Vec<E820Entry> {
     entries.sort_by_key(|entry| entry.base);
     entries
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::size::GIB;
+    use crate::{Plan, parse, plan, platform};
+
+    fn planned(memory: &str, gpus: &str, placement: &str) -> Plan {
+        let text = format!(
+            "name = \"m\"\n[limits]\nphys_bits = 46\n[placement]\n{placement}\n\
+             [[cpu]]\ncpus = 1\nmemory = \"{memory}\"\n{gpus}"
+        );
+        plan(&parse("m.toml", &text).unwrap()).unwrap()
+    }
+
+    fn gpu(hbm: &str, more: &str) -> String {
+        format!("[[gpu]]\nhbm = \"{hbm}\"\ncpu = 0\n{more}\n")
+    }
+
+    fn bases(plan: &Plan) -> Vec<u64> {
+        plan.hbm().map(|hbm| hbm.base / GIB).collect()
+    }
+
+    /// q35 goes by the window's size, so a small window has to be made as large as what moves it.
+    #[test]
+    fn a_base_at_one_tib_takes_a_window_that_q35_puts_there() {
+        let plan = planned("1GiB", &gpu("4GiB", "base = \"1TiB\""), "");
+        assert_eq!(bases(&plan), [1024]);
+        assert_eq!(plan.window.base, 1 << 40);
+        let layout = platform::layout(GIB, plan.window.size).unwrap();
+        assert_eq!(layout.window_base, plan.window.base);
+    }
+
+    #[test]
+    fn hbm_that_needs_less_room_above_the_hole_than_below_still_moves() {
+        let gpus = gpu("255GiB", "").repeat(3);
+        let plan = planned("1GiB", &gpus, "align = \"256GiB\"\ngap = \"1GiB\"");
+        assert_eq!(bases(&plan), [1024, 1280, 1536]);
+        let layout = platform::layout(GIB, plan.window.size).unwrap();
+        assert_eq!(layout.window_base, plan.window.base);
+    }
+
+    #[test]
+    fn only_the_range_at_the_windows_start_is_off_its_alignment() {
+        let align = "align = \"4GiB\"";
+        // 3 GiB of RAM: the window starts at 5 GiB.
+        let plan = planned("3GiB", &gpu("4GiB", "").repeat(2), align);
+        assert_eq!(bases(&plan), [5, 12]);
+        let gpus = gpu("4GiB", "base = \"5GiB\"") + &gpu("4GiB", "");
+        assert_eq!(bases(&planned("3GiB", &gpus, align)), [5, 12]);
+    }
+
+    #[test]
+    fn partitions_of_a_fixed_gpu_follow_their_base() {
+        let gpus = gpu("4GiB", "base = \"100GiB\"\npartitions = 2") + &gpu("4GiB", "");
+        assert_eq!(bases(&planned("1GiB", &gpus, "")), [100, 104, 4]);
+    }
+}

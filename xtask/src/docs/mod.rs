@@ -77,7 +77,7 @@ fn difference(path: &Path, text: &str) -> Option<usize> {
 
 /// Every page.
 fn pages(workspace: &Workspace) -> Result<Vec<Page>> {
-    let numagpu = workspace.numagpu()?;
+    let numagpu = workspace.numagpu(&["--workspace"])?;
     let pages = [
         ("docs/registers.md", registers::page(&workspace.root)?),
         ("docs/cli.md", cli::page(&numagpu)?),

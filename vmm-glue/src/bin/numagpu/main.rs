@@ -64,7 +64,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(Failure::Input(error)) => {
-            tell(format_args!("numagpu: {error:#}"));
+            tell(format_args!("numagpu: {}", in_words(&error)));
             ExitCode::from(2)
         }
         Err(Failure::Failed(error)) => {
@@ -72,10 +72,24 @@ fn main() -> ExitCode {
             if error.downcast_ref().is_some_and(is_closed) {
                 return ExitCode::SUCCESS;
             }
-            tell(format_args!("numagpu: {error:#}"));
+            tell(format_args!("numagpu: {}", in_words(&error)));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes. Most of our errors have their cause in their own words; it is not said twice.
+fn in_words(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause);
+        }
+    }
+    text
 }
 
 /// Writes a line to the standard error output, if anybody still reads that.
