@@ -26,7 +26,7 @@
 //! | [`qom`] | the order in which QEMU walks its objects |
 //! | [`render`] | outputs for people and programs |
 //! | [`qemu`] | QEMU command lines |
-//! | [`acpi`], [`boot`] | ACPI tables and memory maps as bytes, for other VMMs |
+//! | [`acpi`], [`memory_map`] | ACPI tables and memory maps as bytes, for other VMMs |
 //! | [`preset`] | machines that come with the crate |
 //! | [`seen`], [`verify`] | what a guest reports, and how it compares |
 //!
@@ -38,10 +38,10 @@
 #![forbid(unsafe_code)]
 
 pub mod acpi;
-pub mod boot;
 mod error;
 pub mod linux;
 pub mod machine;
+pub mod memory_map;
 mod parse;
 pub mod plan;
 pub mod platform;

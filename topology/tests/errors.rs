@@ -222,7 +222,7 @@ fn rows() -> Vec<(&'static str, Spoil, &'static str, &'static str)> {
             "unknown key in the second gpu",
             Replace("partitions = 2", "partition = 2"),
             "machine.toml:18: gpu[1].partition: there is no such key",
-            "[[gpu]] takes id, hbm, partitions, cpu, exposure, pci_node, generic_initiator, base, bus",
+            "[[gpu]] takes id, hbm, partitions, hbm_latency_ns, hbm_bandwidth_mbs, cpu, exposure, pci_node, generic_initiator, base, bus",
         ),
         (
             "unknown key in a table",

@@ -1,15 +1,13 @@
 //! System Resource Affinity Table (ACPI 6.5, section 5.2.16).
 
 use super::{Table, table};
-use crate::plan::{NodeKind, Plan};
+use crate::plan::Plan;
 use crate::ranges::Range;
 
 /// Highest APIC id that a Processor Local APIC Affinity entry holds; 255 means all of them.
 const LAST_APIC: u32 = 254;
 /// `Enabled`, the flag of all entries that are not to be ignored.
 const ENABLED: u32 = 1;
-/// `SpecificPurpose` of a Memory Affinity entry (ACPI 6.6).
-const SPECIFIC_PURPOSE: u32 = 1 << 3;
 
 fn processor(body: &mut Vec<u8>, apic: u32, pxm: u32) {
     let domain = pxm.to_le_bytes();
@@ -29,15 +27,16 @@ fn processor(body: &mut Vec<u8>, apic: u32, pxm: u32) {
     }
 }
 
-/// Memory Affinity, section 5.2.16.2.
-fn memory(body: &mut Vec<u8>, pxm: u32, range: Range, flags: u32) {
+/// Memory Affinity, section 5.2.16.2. HBM is not marked with the flag that ACPI 6.6 has for specific-purpose memory: no
+/// kernel reads it yet, QEMU does not set it, and compilers drop it.
+fn memory(body: &mut Vec<u8>, pxm: u32, range: Range) {
     body.extend([1, 40]);
     body.extend(pxm.to_le_bytes());
     body.extend([0; 2]);
     body.extend(range.base.to_le_bytes());
     body.extend(range.size.to_le_bytes());
     body.extend([0; 4]);
-    body.extend((ENABLED | flags).to_le_bytes());
+    body.extend(ENABLED.to_le_bytes());
     body.extend([0; 8]);
 }
 
@@ -85,13 +84,8 @@ pub(super) fn srat(plan: &Plan) -> Table {
     let mut nodes: Vec<_> = plan.nodes.iter().collect();
     nodes.sort_by_key(|node| node.linux_node);
     for node in nodes {
-        let flags = if node.kind == NodeKind::Hbm {
-            SPECIFIC_PURPOSE
-        } else {
-            0
-        };
         for range in &node.ranges {
-            memory(&mut body, node.pxm, *range, flags);
+            memory(&mut body, node.pxm, *range);
         }
     }
     // Revision 3: domains of 32 bits. Linux reads those of 1 and older as 8 bits.

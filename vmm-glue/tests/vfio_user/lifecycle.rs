@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -175,23 +176,27 @@ fn only_a_stale_socket_is_replaced() {
     assert!(error.to_string().contains("bind"), "{error}");
 }
 
-/// Not a test of its own: the process that the next test kills.
-#[test]
-#[ignore = "started by a_killed_client_is_followed_by_a_new_one"]
-fn helper_client() {
-    let path = std::env::var_os("PROBE_SOCKET").unwrap();
-    let mut raw = Raw::ready(path.as_ref());
+/// What the process does that the next test starts and kills: it connects, maps memory, and waits.
+fn be_a_client(path: &Path) -> ! {
+    let mut raw = Raw::ready(path);
     let ram = memfd(0x1000);
     let body = map_body(3, 0, 0, 0x1000);
     assert_eq!(raw.errno(DMA_MAP, &body, &[ram.as_fd()]), 0);
     std::thread::sleep(Duration::from_secs(60));
+    std::process::exit(1)
 }
 
 #[test]
 fn a_killed_client_is_followed_by_a_new_one() {
+    if let Some(path) = std::env::var_os("PROBE_SOCKET") {
+        be_a_client(path.as_ref());
+    }
     let served = serve();
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "lifecycle::helper_client"])
+        .args([
+            "--exact",
+            "lifecycle::a_killed_client_is_followed_by_a_new_one",
+        ])
         .env("PROBE_SOCKET", served.path())
         .stdout(Stdio::null())
         .spawn()

@@ -11,12 +11,14 @@ use anyhow::{Context, Result, bail};
 const TRIES: u32 = 3;
 
 /// A host program and the Debian package that has it.
-const PACKAGES: [(&str, &str); 5] = [
+const PACKAGES: [(&str, &str); 7] = [
     ("apt-get", "apt"),
     ("apt-cache", "apt"),
     ("dpkg-deb", "dpkg"),
     ("dpkg-query", "dpkg"),
     ("cc", "gcc libc6-dev"),
+    ("iasl", "acpica-tools"),
+    ("lstopo-no-graphics", "hwloc-nox"),
 ];
 
 /// One line of progress or of a decision taken.

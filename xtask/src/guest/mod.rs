@@ -14,7 +14,7 @@
 mod apt;
 mod archive;
 mod firmware;
-mod host;
+pub mod host;
 mod initramfs;
 mod kernel;
 mod modules;

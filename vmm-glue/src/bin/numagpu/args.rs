@@ -43,6 +43,10 @@ pub enum Format {
     Json,
     /// The memory map.
     E820,
+    /// ACPI tables: text as acpidump's, or with -o a file of bytes, or one file for each in an existing directory.
+    Acpi,
+    /// The memory map for Linux's boot protocol: text, or with -o a zero page, with entries beyond 128 as setup_data behind it.
+    BootParams,
     /// A QEMU command line.
     Qemu,
     /// The kernel arguments that the guest needs.

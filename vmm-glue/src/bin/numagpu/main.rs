@@ -7,6 +7,7 @@ mod serve;
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -15,7 +16,7 @@ use anyhow::Context;
 use clap::{CommandFactory, Parser};
 use numagpu_topology::machine::Mark;
 use numagpu_topology::qemu::Host;
-use numagpu_topology::{linux, preset, qemu, render};
+use numagpu_topology::{Plan, acpi, linux, memory_map, preset, qemu, render};
 
 use args::{Args, Command, Format, PlanArgs};
 
@@ -142,10 +143,45 @@ fn presets() -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Writes ACPI tables: one file for each into a directory, or all behind each other into one file.
+fn acpi(plan: &Plan, path: &Path) -> Result<ExitCode, Failure> {
+    let tables = acpi::tables(plan);
+    let write = |path: &Path, bytes: &[u8]| {
+        std::fs::write(path, bytes).with_context(|| format!("write {}", path.display()))
+    };
+    if path.is_dir() {
+        for table in &tables {
+            write(&path.join(format!("{}.aml", table.signature)), &table.bytes)?;
+        }
+    } else {
+        let bytes: Vec<u8> = tables.into_iter().flat_map(|table| table.bytes).collect();
+        write(path, &bytes)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a zero page with the memory map in it, and behind it the `setup_data` for entries that it does not hold.
+fn boot_params(plan: &Plan, path: &Path) -> Result<ExitCode, Failure> {
+    let params = memory_map::boot_params(plan);
+    let mut bytes = vec![0; 4096];
+    params.write(&mut bytes)?;
+    bytes.extend(params.setup_data(0).unwrap_or_default());
+    std::fs::write(path, bytes).with_context(|| format!("write {}", path.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
 fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
     let plan = machine::load(&args.machine)?;
     let boot = args.boot.path();
     let text = match args.format {
+        Format::Acpi => match &args.output {
+            Some(path) => return acpi(&plan, path),
+            None => acpi::dump(&acpi::tables(&plan)),
+        },
+        Format::BootParams => match &args.output {
+            Some(path) => return boot_params(&plan, path),
+            None => memory_map::boot_params(&plan).dump(),
+        },
         Format::Text => render::text(&plan),
         Format::Json => render::json(&plan)?,
         Format::E820 => render::e820(&plan),

@@ -85,6 +85,25 @@ impl BootParams {
         Ok(())
     }
 
+    /// Count, table and overflow as text: offset in the zero page, then bytes.
+    pub fn dump(&self) -> String {
+        let mut text = format!("{ZERO_PAGE_COUNT_OFFSET:#05x}: {:02x}\n", self.count);
+        let rows = |title: &str, start: usize, bytes: &[u8]| -> String {
+            let hex = |row: &[u8]| {
+                row.iter()
+                    .map(|byte| format!(" {byte:02x}"))
+                    .collect::<String>()
+            };
+            let line = |(i, row): (usize, &[u8])| {
+                format!("{title}{:#05x}:{}\n", start + i * ENTRY_BYTES, hex(row))
+            };
+            bytes.chunks(ENTRY_BYTES).enumerate().map(line).collect()
+        };
+        text.push_str(&rows("", ZERO_PAGE_TABLE_OFFSET, &self.table));
+        text.push_str(&rows("setup_data ", 0, &self.overflow));
+        text
+    }
+
     /// The `setup_data` for the entries that did not fit, linked to the next one at address `next` (0 = none); none if all
     /// fit. Its address goes into `setup_header.setup_data` or the entry before.
     pub fn setup_data(&self, next: u64) -> Option<Vec<u8>> {
