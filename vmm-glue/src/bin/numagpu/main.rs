@@ -15,7 +15,7 @@ use anyhow::Context;
 use clap::{CommandFactory, Parser};
 use numagpu_topology::machine::Mark;
 use numagpu_topology::qemu::Host;
-use numagpu_topology::{linux, preset, qemu, render};
+use numagpu_topology::{linux, preset, qemu, render, schema};
 
 use args::{Args, Command, Format, PlanArgs};
 
@@ -54,6 +54,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan(&args),
         Command::Serve(args) => serve::serve(&args),
         Command::Run(args) => boot::run(&args),
+        Command::Schema => print_schema(),
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Args::command(), "numagpu", &mut text);
@@ -169,6 +170,11 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
             tell(format_args!("warning: {warning}"));
         }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_schema() -> Result<ExitCode, Failure> {
+    print(schema::text()?.as_bytes())?;
     Ok(ExitCode::SUCCESS)
 }
 
