@@ -14,6 +14,8 @@ use crate::size::{GIB, Size};
 /// A machine, as its file describes it.
 #[derive(Clone, Debug, DeriveDeserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+// Without a CPU node it is parsed, so that the error can say more.
+#[schemars(extend("required" = ["name", "cpu"]))]
 pub struct Machine {
     /// Name, for output.
     #[schemars(with = "String")]
@@ -26,7 +28,7 @@ pub struct Machine {
     pub matches: String,
     /// CPU nodes, in the order of their proximity domains, which start at 0.
     #[serde(default)]
-    #[schemars(with = "Vec<CpuNode>", required, length(min = 1))]
+    #[schemars(with = "Vec<CpuNode>", length(min = 1))]
     pub cpu: Vec<Spanned<CpuNode>>,
     /// GPUs.
     #[serde(default)]
@@ -98,7 +100,7 @@ impl SourceText {
 #[derive(Clone, Debug, DeriveDeserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CpuNode {
-    /// Its CPUs.
+    /// Its CPUs: as many, numbered on from the node before, or these.
     #[schemars(with = "Cpus")]
     pub cpus: Spanned<Cpus>,
     /// Its RAM; a multiple of 2 MiB.
@@ -224,10 +226,10 @@ pub struct Gpu {
     #[serde(default = "one")]
     #[schemars(with = "u32", range(min = 1, max = 8))]
     pub partitions: Spanned<u32>,
-    /// CPU node it is attached to.
+    /// CPU node it is attached to, from 0 in the order of the `[[cpu]]` tables.
     #[schemars(with = "usize")]
     pub cpu: Spanned<usize>,
-    /// How its HBM reaches the guest.
+    /// How its HBM reaches the guest; so far only `spm` can be planned.
     #[serde(default = "spm")]
     #[schemars(with = "Exposure")]
     pub exposure: Spanned<Exposure>,

@@ -213,6 +213,7 @@ fn bad_machines_do_not() {
         let planned = parse("bad.toml", &text).and_then(|machine| plan(&machine));
         assert!(planned.is_err(), "{to}");
     }
+    assert_eq!(refused("name = \"x\""), Some("machine: required".into()));
     assert_eq!(
         refused("name = \"x\"\ncpu = []"),
         Some("machine.cpu: minItems".into())
