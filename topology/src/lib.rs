@@ -19,6 +19,7 @@
 //! | module | what it is for |
 //! |---|---|
 //! | [`machine`] | the description, as parsed |
+//! | [`schema`] | the description's JSON Schema |
 //! | [`ranges`] | a range allocator that knows no policy |
 //! | [`mod@plan`] | the plan, and the policy that makes it |
 //! | [`platform`] | where QEMU's q35 machine puts RAM and device memory |
@@ -50,6 +51,7 @@ pub mod qemu;
 pub mod qom;
 pub mod ranges;
 pub mod render;
+pub mod schema;
 pub mod seen;
 pub mod size;
 mod validate;

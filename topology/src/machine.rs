@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 use serde::{Deserialize as DeriveDeserialize, Serialize};
 use toml::Spanned;
@@ -11,10 +12,13 @@ use crate::error::MachineError;
 use crate::size::{GIB, Size};
 
 /// A machine, as its file describes it.
-#[derive(Clone, Debug, DeriveDeserialize)]
+#[derive(Clone, Debug, DeriveDeserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+// Without a CPU node it is parsed, so that the error can say more.
+#[schemars(extend("required" = ["name", "cpu"]))]
 pub struct Machine {
     /// Name, for output.
+    #[schemars(with = "String")]
     pub name: Spanned<String>,
     /// One line on what it is.
     #[serde(default)]
@@ -24,12 +28,15 @@ pub struct Machine {
     pub matches: String,
     /// CPU nodes, in the order of their proximity domains, which start at 0.
     #[serde(default)]
+    #[schemars(with = "Vec<CpuNode>", length(min = 1))]
     pub cpu: Vec<Spanned<CpuNode>>,
     /// GPUs.
     #[serde(default)]
+    #[schemars(with = "Vec<Gpu>")]
     pub gpu: Vec<Spanned<Gpu>>,
     /// Links between GPUs, and between GPUs and CPU nodes.
     #[serde(default)]
+    #[schemars(with = "Vec<Link>")]
     pub link: Vec<Spanned<Link>>,
     /// NUMA distances.
     #[serde(default)]
@@ -90,12 +97,14 @@ impl SourceText {
 }
 
 /// A node with CPUs and RAM.
-#[derive(Clone, Debug, DeriveDeserialize)]
+#[derive(Clone, Debug, DeriveDeserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CpuNode {
-    /// Its CPUs.
+    /// Its CPUs: as many, numbered on from the node before, or these.
+    #[schemars(with = "Cpus")]
     pub cpus: Spanned<Cpus>,
     /// Its RAM; a multiple of 2 MiB.
+    #[schemars(with = "Size")]
     pub memory: Spanned<Size>,
     /// Nanoseconds from its CPUs to its RAM; 0 = not known.
     #[serde(default)]
@@ -169,7 +178,7 @@ impl<'de> Deserialize<'de> for Cpus {
 }
 
 /// How HBM reaches the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, DeriveDeserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, DeriveDeserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Exposure {
     /// Soft-reserved memory with a proximity domain of its own, present at boot (AMD MI250X node).
@@ -194,7 +203,7 @@ impl fmt::Display for Exposure {
 }
 
 /// Which node the GPU's PCI function belongs to (its expander bridge's `_PXM`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, DeriveDeserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, DeriveDeserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PciNode {
     /// The CPU node the GPU is attached to.
@@ -205,16 +214,23 @@ pub enum PciNode {
 }
 
 /// A GPU.
-#[derive(Clone, Debug, DeriveDeserialize)]
+#[derive(Clone, Debug, DeriveDeserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Gpu {
     /// Name; `gpu0`, `gpu1` and so on by default.
     #[serde(default)]
+    #[schemars(
+        with = "String",
+        length(max = 32),
+        regex(pattern = "^[A-Za-z][A-Za-z0-9_-]*$")
+    )]
     pub id: Option<Spanned<String>>,
     /// HBM of all partitions together; each partition is a multiple of 2 MiB.
+    #[schemars(with = "Size")]
     pub hbm: Spanned<Size>,
     /// Partitions of equal size, 1 to 8, each a proximity domain of its own.
     #[serde(default = "one")]
+    #[schemars(with = "u32", range(min = 1, max = 8))]
     pub partitions: Spanned<u32>,
     /// Nanoseconds from the GPU to its own HBM; 0 = not known.
     #[serde(default)]
@@ -222,22 +238,27 @@ pub struct Gpu {
     /// MB/s from the GPU to its own HBM; 0 = not known.
     #[serde(default)]
     pub hbm_bandwidth_mbs: u32,
-    /// CPU node it is attached to.
+    /// CPU node it is attached to, from 0 in the order of the `[[cpu]]` tables.
+    #[schemars(with = "usize")]
     pub cpu: Spanned<usize>,
-    /// How its HBM reaches the guest.
+    /// How its HBM reaches the guest; so far only `spm` can be planned.
     #[serde(default = "spm")]
+    #[schemars(with = "Exposure")]
     pub exposure: Spanned<Exposure>,
     /// Which node its PCI function belongs to.
     #[serde(default = "attached")]
+    #[schemars(with = "PciNode")]
     pub pci_node: Spanned<PciNode>,
     /// Whether firmware names it as Generic Initiator of its HBM's domains, which keeps those nodes online.
     #[serde(default)]
     pub generic_initiator: bool,
     /// Guest physical address of its first partition; chosen if not given. The others follow it.
     #[serde(default)]
+    #[schemars(with = "Size")]
     pub base: Option<Spanned<Size>>,
     /// PCI bus it appears on, 2 to 255; chosen if not given.
     #[serde(default)]
+    #[schemars(with = "u32", range(min = 2, max = 255))]
     pub bus: Option<Spanned<u32>>,
 }
 
@@ -258,41 +279,53 @@ fn spm() -> Spanned<Exposure> {
 }
 
 /// A link between two GPUs, or a GPU and a CPU node.
-#[derive(Clone, Debug, DeriveDeserialize)]
+#[derive(Clone, Debug, DeriveDeserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Link {
     /// One end: a GPU's id, or `cpu0`, `cpu1` and so on.
+    #[schemars(with = "String")]
     pub from: Spanned<String>,
     /// The other end.
+    #[schemars(with = "String")]
     pub to: Spanned<String>,
     /// Physical links in parallel, 1 to 64.
     #[serde(default = "one")]
+    #[schemars(with = "u32", range(min = 1, max = 64))]
     pub count: Spanned<u32>,
     /// MB/s in one direction, all of them together; 0 = not known.
     #[serde(default)]
+    #[schemars(range(max = 4_294_967_295u32), extend("x-unit" = "MB/s"))]
     pub bandwidth_mbs: u32,
     /// Nanoseconds; 0 = not known.
     #[serde(default)]
+    #[schemars(range(max = 4_294_967_295u32), extend("x-unit" = "ns"))]
     pub latency_ns: u32,
 }
 
 /// NUMA distances (ACPI 6.5, section 5.2.17): 10 on the diagonal, 11 to 254 elsewhere, 255 = cannot reach.
-#[derive(Clone, Debug, DeriveDeserialize)]
+#[derive(Clone, Debug, DeriveDeserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Distances {
     /// The whole matrix by CPU node and then HBM in order of GPUs and partitions; overrules all else.
+    #[schemars(with = "Vec<Vec<u32>>", inner(inner(range(min = 10, max = 255))))]
     pub matrix: Option<Spanned<Vec<Vec<u32>>>>,
     /// Between CPU nodes.
+    #[schemars(with = "u32", range(min = 11, max = 255))]
     pub cpu_cpu: Spanned<u32>,
     /// Between HBM and the CPU node that its GPU is attached to.
+    #[schemars(with = "u32", range(min = 11, max = 255))]
     pub cpu_hbm_local: Spanned<u32>,
     /// Between HBM and the other CPU nodes.
+    #[schemars(with = "u32", range(min = 11, max = 255))]
     pub cpu_hbm_remote: Spanned<u32>,
     /// Between partitions of one GPU.
+    #[schemars(with = "u32", range(min = 11, max = 255))]
     pub hbm_hbm_same_gpu: Spanned<u32>,
     /// Between HBM of GPUs with a link.
+    #[schemars(with = "u32", range(min = 11, max = 255))]
     pub hbm_hbm_linked: Spanned<u32>,
     /// Between HBM of GPUs without a link.
+    #[schemars(with = "u32", range(min = 11, max = 255))]
     pub hbm_hbm: Spanned<u32>,
 }
 
@@ -311,10 +344,11 @@ impl Default for Distances {
 }
 
 /// What the guest can address.
-#[derive(Clone, Debug, DeriveDeserialize)]
+#[derive(Clone, Debug, DeriveDeserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// Physical address bits of its CPUs, 36 to 52.
+    #[schemars(with = "u32", range(min = 36, max = 52), extend("x-unit" = "bits"))]
     pub phys_bits: Spanned<u32>,
 }
 
@@ -328,12 +362,14 @@ impl Default for Limits {
 }
 
 /// How HBM is laid out.
-#[derive(Clone, Debug, DeriveDeserialize)]
+#[derive(Clone, Debug, DeriveDeserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Placement {
     /// Alignment of every HBM range: a power of two from 2 MiB. 2 GiB satisfies every rule of Linux.
+    #[schemars(with = "Size")]
     pub align: Spanned<Size>,
     /// Free space between two HBM ranges, at least 2 MiB: without it, firmware merges them.
+    #[schemars(with = "Size")]
     pub gap: Spanned<Size>,
 }
 
@@ -347,7 +383,7 @@ impl Default for Placement {
 }
 
 /// Who drives the GPUs in the guest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, DeriveDeserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, DeriveDeserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Driver {
     /// A program that maps `/dev/dax*`: dax devices appear, and `kmem` does not take them.
@@ -358,7 +394,7 @@ pub enum Driver {
 }
 
 /// What will run in the guest.
-#[derive(Clone, Debug, Default, PartialEq, Eq, DeriveDeserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, DeriveDeserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Guest {
     /// Who drives the GPUs.
@@ -366,7 +402,7 @@ pub struct Guest {
 }
 
 /// How well a value is founded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, DeriveDeserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, DeriveDeserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mark {
     /// Printed by or documented for the real machine.
@@ -380,7 +416,7 @@ pub enum Mark {
 }
 
 /// Where a value comes from.
-#[derive(Clone, Debug, DeriveDeserialize, Serialize)]
+#[derive(Clone, Debug, DeriveDeserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
     /// Which value.

@@ -10,6 +10,8 @@ use crate::plan::{NodeKind, OVMF_MAX_RANGES, Plan, backend_names};
 use crate::render::text::cpu_list;
 use crate::size::MIB;
 
+/// Most nodes that QEMU takes (`MAX_NODES` in `include/system/numa.h`).
+const MAX_NODES: usize = 128;
 /// Expander bridges that fit on q35's root bus beside its own devices.
 const MAX_EXPANDERS: usize = 28;
 
@@ -71,6 +73,14 @@ impl Host {
 /// A plan that this path of QEMU cannot carry.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum QemuError {
+    /// More proximity domains than QEMU's.
+    #[error(
+        "QEMU takes at most {MAX_NODES} NUMA nodes and the machine has {nodes}: each CPU node and each HBM partition is one"
+    )]
+    TooManyNodes {
+        /// Nodes of the machine.
+        nodes: usize,
+    },
     /// More soft-reserved ranges than the firmware keeps.
     #[error(
         "OVMF keeps {OVMF_MAX_RANGES} HBM ranges apart and the machine has {ranges}: use SeaBIOS (--firmware seabios)"
@@ -114,6 +124,10 @@ fn mib(bytes: u64) -> String {
 /// # Errors
 /// [`QemuError`] where QEMU or the firmware cannot carry the machine.
 pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
+    let nodes = plan.nodes.len();
+    if nodes > MAX_NODES {
+        return Err(QemuError::TooManyNodes { nodes });
+    }
     let ranges = plan.hbm().count();
     if host.boot == BootPath::Ovmf && ranges > OVMF_MAX_RANGES {
         return Err(QemuError::TooManyRanges { ranges });

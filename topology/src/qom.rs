@@ -6,6 +6,8 @@
 //! addressing with triangular probing, a prime modulus per size, growth by evicting in place). `numagpu run` asks
 //! the real QEMU before the guest starts whether it agrees.
 
+use std::collections::BTreeSet;
+
 /// Largest prime below each power of two from 2^3 on, as GLib's `prime_mod` has them.
 const PRIMES: [u32; 29] = [
     7,
@@ -56,11 +58,19 @@ struct Table {
 
 /// GLib's `g_str_hash`: 5381, then times 33 plus each byte as a signed char.
 fn hash(name: &str) -> u32 {
-    let hash = name.bytes().fold(5381u32, |hash, byte| {
+    usable(extended(5381, name))
+}
+
+/// The hash of a text that goes on with `more`.
+fn extended(hash: u32, more: &str) -> u32 {
+    more.bytes().fold(hash, |hash, byte| {
         hash.wrapping_mul(33)
             .wrapping_add_signed(i32::from(byte.cast_signed()))
-    });
-    // 0 and 1 mark unused slots and tombstones.
+    })
+}
+
+/// 0 and 1 mark unused slots and tombstones.
+fn usable(hash: u32) -> u32 {
     if hash < 2 { 2 } else { hash }
 }
 
@@ -169,6 +179,14 @@ pub fn creation_order(initiators: &[String], backends: &[String]) -> Vec<String>
         .collect()
 }
 
+/// Positions of the initiators in the order in which QEMU, with one monitor, walks them.
+pub(crate) fn initiators_walked(initiators: &[String], backends: &[String]) -> Vec<usize> {
+    let mut order = walk(creation_order(initiators, backends));
+    // They are created first.
+    order.retain(|position| *position < initiators.len());
+    order
+}
+
 /// Names for `count` Generic Initiators such that QEMU, which also has `backends` and one monitor or two, walks them in
 /// ascending order: `gi0`, `gi1` and so on, with letters behind the number where the plain names come in another order.
 /// Always the same for the same input.
@@ -203,29 +221,28 @@ pub fn initiator_names(count: usize, backends: &[String]) -> Vec<String> {
 
 /// Names whose home slots ascend and differ from each other's and from the backends': they mostly stay at home through
 /// all growth, so their order is that of their homes. Several choices of slots, where the table has room enough.
-fn apart(count: usize, backends: &[String]) -> Vec<Vec<String>> {
+fn apart(count: usize, backends: &[String]) -> impl Iterator<Item = Vec<String>> {
     // The table's size depends on the number of names only.
     let mut table = Table::new();
     (0..count + backends.len()).for_each(|i| table.insert(hash(&i.to_string())));
-    let taken: Vec<usize> = backends.iter().map(|name| table.home(hash(name))).collect();
+    let taken: BTreeSet<usize> = backends.iter().map(|name| table.home(hash(name))).collect();
     let free: Vec<usize> = (0..table.modulus as usize)
         .filter(|slot| !taken.contains(slot))
         .collect();
-    let name_at = |i: usize, slot: usize| {
-        let names = suffixes().map(|suffix| format!("gi{i}{suffix}"));
-        names
-            .into_iter()
-            .find(|name| table.home(hash(name)) == slot)
+    let suffixes: Vec<String> = suffixes().collect();
+    let name_at = move |i: usize, slot: usize| {
+        let name = format!("gi{i}");
+        let start = extended(5381, &name);
+        suffixes
+            .iter()
+            .find(|suffix| table.home(usable(extended(start, suffix))) == slot)
+            .map(|suffix| name + suffix)
     };
-    let choice = |shift: usize| -> Option<Vec<String>> {
+    let choices = if free.len() < count { 0 } else { count };
+    (0..choices).filter_map(move |shift| -> Option<Vec<String>> {
         let slot = |i: usize| free.get((i * free.len() + shift) / count);
         (0..count).map(|i| name_at(i, *slot(i)?)).collect()
-    };
-    if free.len() < count {
-        Vec::new()
-    } else {
-        (0..count).filter_map(choice).collect()
-    }
+    })
 }
 
 /// Names with letters that differ from attempt to attempt.

@@ -70,13 +70,22 @@ impl Space {
 
     /// Whether all of `range` is free.
     pub fn is_free(&self, range: Range) -> bool {
-        self.free.iter().any(|piece| piece.contains(&range))
+        let piece = self.free.get(self.first_behind(range.base));
+        piece.is_some_and(|piece| piece.contains(&range))
+    }
+
+    /// Index of the first free piece that ends behind `address`; pieces ascend.
+    fn first_behind(&self, address: u64) -> usize {
+        self.free.partition_point(|piece| piece.end() <= address)
     }
 
     /// Takes `range` out of the free space, free or not.
     pub fn reserve(&mut self, range: Range) {
-        let mut free = Vec::with_capacity(self.free.len() + 1);
-        for piece in &self.free {
+        let first = self.first_behind(range.base);
+        let touched = self.free.iter().skip(first);
+        let touched = touched.take_while(|piece| piece.base < range.end()).count();
+        let mut left = Vec::new();
+        for piece in self.free.iter().skip(first).take(touched) {
             let below = Range {
                 base: piece.base,
                 size: range.base.clamp(piece.base, piece.end()) - piece.base,
@@ -86,13 +95,9 @@ impl Space {
                 base: above_base,
                 size: piece.end() - above_base,
             };
-            if range.overlaps(piece) {
-                free.extend([below, above].into_iter().filter(|part| part.size > 0));
-            } else {
-                free.push(*piece);
-            }
+            left.extend([below, above].into_iter().filter(|part| part.size > 0));
         }
-        self.free = free;
+        self.free.splice(first..first + touched, left);
     }
 
     /// Places `size` bytes at the lowest free address that is a multiple of `align` and not under `from`.
@@ -102,7 +107,7 @@ impl Space {
     pub fn place(&mut self, size: u64, align: u64, from: u64) -> Result<Range, NoRoom> {
         let align = align.max(1);
         let mut largest = 0;
-        for piece in &self.free {
+        for piece in self.free.iter().skip(self.first_behind(from)) {
             let lowest = piece.base.max(from);
             largest = largest.max(piece.end().saturating_sub(lowest));
             let Some(base) = lowest.checked_next_multiple_of(align) else {

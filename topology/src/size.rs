@@ -3,6 +3,7 @@
 use std::fmt;
 
 use serde::de::{self, Deserialize, Deserializer, Visitor};
+use serde::{Serialize, Serializer};
 
 /// A size in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -57,6 +58,13 @@ impl fmt::Display for Size {
             }
         }
         write!(f, "{} B", self.0)
+    }
+}
+
+impl Serialize for Size {
+    /// As a description has it: `2GiB`.
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.to_string().replace(' ', ""))
     }
 }
 

@@ -11,8 +11,8 @@ use crate::size::{MIB, Size, TIB};
 /// Linux makes dax devices of multiples of 2 MiB only (`drivers/dax/hmem`, PMD_SIZE), and QEMU's `sp-mem` refuses
 /// anything else.
 pub(crate) const HBM_UNIT: u64 = 2 * MIB;
-/// Most proximity domains that QEMU takes (`MAX_NODES`).
-const MAX_NODES: usize = 128;
+/// Most nodes that Linux takes: `NODES_SHIFT=10` is the most x86-64 can be configured for, and what Debian has.
+pub(crate) const MAX_NODES: usize = 1024;
 /// Links that a GPU's registers have room for.
 const MAX_LINKS: usize = 32;
 /// More RAM than any x86-64 guest has, and far from the end of its addresses.
@@ -74,7 +74,9 @@ pub(crate) fn check(machine: &Machine) -> Check<Checked> {
 fn check_nodes(machine: &Machine) -> Check<usize> {
     let cpus = machine.cpu.len();
     let too_many = |offset: usize, key: String, nodes: usize| {
-        let message = format!("is proximity domain {nodes}, and QEMU takes at most {MAX_NODES}");
+        let message = format!(
+            "is proximity domain {nodes}, and Linux has at most {MAX_NODES} nodes (NODES_SHIFT=10)"
+        );
         let help = "each CPU node and each HBM partition is one".to_owned();
         Err(machine.text.error(offset, key, message, Some(help)))
     };
@@ -335,6 +337,7 @@ fn check_gpus(machine: &Machine) -> Check<Vec<String>> {
 }
 
 fn check_links(machine: &Machine, ids: &[String]) -> Check<Vec<(End, End)>> {
+    let by_id: BTreeMap<&str, usize> = ids.iter().map(String::as_str).zip(0..).collect();
     let mut seen: BTreeMap<(End, End), usize> = BTreeMap::new();
     let mut degree: BTreeMap<End, usize> = BTreeMap::new();
     let mut ends = Vec::new();
@@ -342,8 +345,8 @@ fn check_links(machine: &Machine, ids: &[String]) -> Check<Vec<(End, End)>> {
         let link = spanned.get_ref();
         let end = |name: &Spanned<String>, which: &str| {
             let text = name.get_ref();
-            if let Some(gpu) = ids.iter().position(|id| id == text) {
-                return Ok(End::Gpu(gpu));
+            if let Some(gpu) = by_id.get(text.as_str()) {
+                return Ok(End::Gpu(*gpu));
             }
             let cpu = text
                 .strip_prefix("cpu")

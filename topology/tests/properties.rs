@@ -357,8 +357,13 @@ fn check_nodes(machine: &Machine, plan: &Plan) {
     }
     let mut buses = BTreeSet::new();
     for gpu in &plan.gpus {
-        assert!(buses.insert(gpu.bus) && buses.insert(gpu.bus - 1));
-        assert_eq!(gpu.bdf, format!("{:02x}:00.0", gpu.bus));
+        let bus = (gpu.segment, gpu.bus);
+        assert!(buses.insert(bus) && buses.insert((gpu.segment, gpu.bus - 1)));
+        let segment = match gpu.segment {
+            0 => String::new(),
+            segment => format!("{segment:04x}:"),
+        };
+        assert_eq!(gpu.bdf, format!("{segment}{:02x}:00.0", gpu.bus));
     }
 }
 

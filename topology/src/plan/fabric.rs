@@ -1,20 +1,23 @@
 //! What joins the parts: PCI buses, hives, links, distances.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::number::Numbering;
 use super::{GpuLink, partitions};
 use crate::error::MachineError;
 use crate::machine::Machine;
 use crate::validate::{Checked, End, wrong};
 
-/// A PCI bus for each GPU: its own if it names one, otherwise spread over the numbers that are left.
-pub(super) fn buses(machine: &Machine) -> Result<Vec<u8>, MachineError> {
+/// PCI segment and bus of each GPU: the bus it names, on segment 0, otherwise spread over the numbers that are left
+/// there, and then over further segments.
+pub(super) fn buses(machine: &Machine) -> Result<Vec<(u16, u8)>, MachineError> {
     let wish = |gpu: &toml::Spanned<crate::machine::Gpu>| {
         gpu.get_ref()
             .bus
             .as_ref()
             .and_then(|bus| u8::try_from(*bus.get_ref()).ok())
     };
-    let mut taken: Vec<u8> = machine
+    let taken: BTreeSet<u8> = machine
         .gpu
         .iter()
         .filter_map(wish)
@@ -23,22 +26,20 @@ pub(super) fn buses(machine: &Machine) -> Result<Vec<u8>, MachineError> {
     let candidates = (0x01..=0x0fu8)
         .step_by(2)
         .flat_map(|low| (1..=0x0fu8).map(move |high| high << 4 | low));
-    let candidates: Vec<u8> = candidates.collect();
+    // Candidates are two apart, so they cannot take each other's; only a bus that is named is in the way of one.
+    let mut free = (0..=u16::MAX)
+        .flat_map(|segment| candidates.clone().map(move |bus| (segment, bus)))
+        .filter(|(segment, bus)| {
+            *segment > 0 || !taken.contains(bus) && !taken.contains(&(bus - 1))
+        });
     let mut buses = Vec::new();
     for (index, gpu) in machine.gpu.iter().enumerate() {
-        let free = |bus: &&u8| !taken.contains(bus) && !taken.contains(&(**bus - 1));
-        let Some(bus) = wish(gpu).or_else(|| candidates.iter().find(free).copied()) else {
-            let help = Some("a PCI segment has 256 buses; each GPU takes two".to_owned());
-            return Err(wrong(
-                machine,
-                gpu,
-                format!("gpu[{index}].bus"),
-                "no PCI bus is left",
-                help,
-            ));
+        let named = wish(gpu).map(|bus| (0, bus));
+        let Some(place) = named.or_else(|| free.next()) else {
+            let key = format!("gpu[{index}].bus");
+            return Err(wrong(machine, gpu, key, "no PCI bus is left", None));
         };
-        taken.extend([bus - 1, bus]);
-        buses.push(bus);
+        buses.push(place);
     }
     Ok(buses)
 }
@@ -56,19 +57,38 @@ pub(super) struct Hive {
 /// GPUs that reach each other over links form a hive.
 pub(super) fn hives(machine: &Machine, checked: &Checked) -> Vec<Hive> {
     let count = machine.gpu.len();
-    let mut root: Vec<usize> = (0..count).collect();
+    // The first GPU of a hive stands for it; each other one names one before itself.
+    let mut before: Vec<usize> = (0..count).collect();
+    let first = |before: &mut Vec<usize>, gpu: usize| {
+        let mut at = gpu;
+        while let Some(next) = before.get(at).copied().filter(|next| *next != at) {
+            at = next;
+        }
+        let mut on_the_way = gpu;
+        while let Some(next) = before.get_mut(on_the_way).filter(|next| **next != at) {
+            on_the_way = std::mem::replace(next, at);
+        }
+        at
+    };
     for (from, to) in &checked.links {
         let (End::Gpu(from), End::Gpu(to)) = (from, to) else {
             continue;
         };
-        let (Some(a), Some(b)) = (root.get(*from).copied(), root.get(*to).copied()) else {
-            continue;
-        };
-        let (low, high) = (a.min(b), a.max(b));
-        for entry in root.iter_mut().filter(|entry| **entry == high) {
-            *entry = low;
+        let (a, b) = (first(&mut before, *from), first(&mut before, *to));
+        if let Some(entry) = before.get_mut(a.max(b)) {
+            *entry = a.min(b);
         }
     }
+    let root: Vec<usize> = (0..count).map(|gpu| first(&mut before, gpu)).collect();
+    let mut sizes: BTreeMap<usize, u32> = BTreeMap::new();
+    let nodes: Vec<u32> = root
+        .iter()
+        .map(|own| {
+            let size = sizes.entry(*own).or_default();
+            *size += 1;
+            *size - 1
+        })
+        .collect();
     // FNV-1a of the name: two machines' hives differ, and the same machine's stay.
     let seed = machine
         .name
@@ -78,50 +98,42 @@ pub(super) fn hives(machine: &Machine, checked: &Checked) -> Vec<Hive> {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
     root.iter()
-        .enumerate()
-        .map(|(index, own)| {
-            let members: Vec<usize> = (0..count)
-                .filter(|gpu| root.get(*gpu) == Some(own))
-                .collect();
-            let node = members.iter().position(|gpu| *gpu == index).unwrap_or(0);
-            let alone = members.len() < 2;
+        .zip(nodes)
+        .map(|(own, node)| {
+            let size = sizes.get(own).copied().unwrap_or(1);
+            let alone = size < 2;
             Hive {
                 id: if alone { 0 } else { (seed ^ *own as u64) | 1 },
-                node: u32::try_from(node).unwrap_or(u32::MAX),
-                size: u32::try_from(members.len()).unwrap_or(u32::MAX),
+                node,
+                size,
             }
         })
         .collect()
 }
 
-/// The links of a GPU, as it sees them.
-pub(super) fn links(
-    machine: &Machine,
-    checked: &Checked,
-    gpu: usize,
-    hives: &[Hive],
-) -> Vec<GpuLink> {
-    let mut links = Vec::new();
+/// The links of every GPU, as it sees them.
+pub(super) fn links(machine: &Machine, checked: &Checked, hives: &[Hive]) -> Vec<Vec<GpuLink>> {
+    let mut links: Vec<Vec<GpuLink>> = hives.iter().map(|_| Vec::new()).collect();
     for (link, (from, to)) in machine.link.iter().zip(&checked.links) {
         let link = link.get_ref();
-        let (peer, name) = if *from == End::Gpu(gpu) {
-            (to, &link.to)
-        } else if *to == End::Gpu(gpu) {
-            (from, &link.from)
-        } else {
-            continue;
-        };
-        let peer_hive_node = match peer {
-            End::Gpu(index) => hives.get(*index).map(|hive| hive.node),
-            End::Cpu(_) => None,
-        };
-        links.push(GpuLink {
-            peer: name.get_ref().clone(),
-            peer_hive_node,
-            count: *link.count.get_ref(),
-            bandwidth_mbs: link.bandwidth_mbs,
-            latency_ns: link.latency_ns,
-        });
+        for (own, peer, name) in [(from, to, &link.to), (to, from, &link.from)] {
+            let End::Gpu(own) = own else {
+                continue;
+            };
+            let peer_hive_node = match peer {
+                End::Gpu(index) => hives.get(*index).map(|hive| hive.node),
+                End::Cpu(_) => None,
+            };
+            if let Some(links) = links.get_mut(*own) {
+                links.push(GpuLink {
+                    peer: name.get_ref().clone(),
+                    peer_hive_node,
+                    count: *link.count.get_ref(),
+                    bandwidth_mbs: link.bandwidth_mbs,
+                    latency_ns: link.latency_ns,
+                });
+            }
+        }
     }
     links
 }
@@ -129,48 +141,119 @@ pub(super) fn links(
 /// Distances by proximity domain.
 pub(super) fn slit(machine: &Machine, checked: &Checked, numbering: &Numbering) -> Vec<Vec<u8>> {
     let cpus = machine.cpu.len();
-    let all = partitions(machine);
-    let distances = &machine.distances;
-    let byte = |value: u32| u8::try_from(value).unwrap_or(u8::MAX);
-    let attached = |gpu: usize| machine.gpu.get(gpu).map(|gpu| *gpu.get_ref().cpu.get_ref());
-    let linked = |a: usize, b: usize| {
-        checked.links.contains(&(End::Gpu(a), End::Gpu(b)))
-            || checked.links.contains(&(End::Gpu(b), End::Gpu(a)))
-    };
-    let between = |a: usize, b: usize| -> u32 {
-        if let Some(matrix) = &distances.matrix {
-            return matrix
-                .get_ref()
-                .get(a)
-                .and_then(|row| row.get(b))
-                .copied()
-                .unwrap_or(255);
-        }
-        let hbm = |index: usize| {
-            index
-                .checked_sub(cpus)
-                .and_then(|i| all.get(i))
-                .map(|(gpu, _)| *gpu)
-        };
-        *match (hbm(a), hbm(b)) {
-            _ if a == b => return 10,
-            (None, None) => &distances.cpu_cpu,
-            (Some(gpu), None) if attached(gpu) == Some(b) => &distances.cpu_hbm_local,
-            (None, Some(gpu)) if attached(gpu) == Some(a) => &distances.cpu_hbm_local,
-            (Some(_), None) | (None, Some(_)) => &distances.cpu_hbm_remote,
-            (Some(one), Some(other)) if one == other => &distances.hbm_hbm_same_gpu,
-            (Some(one), Some(other)) if linked(one, other) => &distances.hbm_hbm_linked,
-            (Some(_), Some(_)) => &distances.hbm_hbm,
-        }
-        .get_ref()
-    };
     // Position in the description by proximity domain.
     let mut position: Vec<usize> = (0..cpus).collect();
     let mut hbm: Vec<(u32, usize)> = numbering.hbm_pxm.iter().copied().zip(cpus..).collect();
     hbm.sort_unstable();
     position.extend(hbm.into_iter().map(|(_, index)| index));
-    position
+    let byte = |value: u32| u8::try_from(value).unwrap_or(u8::MAX);
+    if let Some(matrix) = &machine.distances.matrix {
+        let rows = matrix.get_ref();
+        let cell = |row: Option<&Vec<u32>>, to: &usize| {
+            let value = row.and_then(|row| row.get(*to)).copied();
+            byte(value.unwrap_or(255))
+        };
+        return position
+            .iter()
+            .map(|from| rows.get(*from))
+            .map(|row| position.iter().map(|to| cell(row, to)).collect())
+            .collect();
+    }
+    // CPU node or GPU of every position, and then of every proximity domain.
+    let gpus = partitions(machine)
+        .into_iter()
+        .map(|(gpu, _)| End::Gpu(gpu));
+    let ends: Vec<End> = (0..cpus).map(End::Cpu).chain(gpus).collect();
+    let ends: Vec<End> = position
         .iter()
-        .map(|a| position.iter().map(|b| byte(between(*a, *b))).collect())
-        .collect()
+        .filter_map(|index| ends.get(*index).copied())
+        .collect();
+    let rules = Rules::new(machine, checked);
+    let row = |(pxm, from): (usize, &End)| {
+        let by_end = rules.row(*from);
+        let mut row: Vec<u8> = ends.iter().map(|to| byte(by_end.to(*to))).collect();
+        if let Some(own) = row.get_mut(pxm) {
+            *own = 10;
+        }
+        row
+    };
+    ends.iter().enumerate().map(row).collect()
+}
+
+/// Distances by kind.
+struct Rules<'a> {
+    machine: &'a Machine,
+    /// GPUs that a GPU has links with.
+    linked: Vec<Vec<usize>>,
+}
+
+/// Distances from a CPU node or a GPU.
+struct Row {
+    cpus: Vec<u32>,
+    gpus: Vec<u32>,
+}
+
+impl Row {
+    fn to(&self, end: End) -> u32 {
+        let value = match end {
+            End::Cpu(cpu) => self.cpus.get(cpu),
+            End::Gpu(gpu) => self.gpus.get(gpu),
+        };
+        value.copied().unwrap_or(255)
+    }
+}
+
+impl<'a> Rules<'a> {
+    fn new(machine: &'a Machine, checked: &Checked) -> Rules<'a> {
+        let mut linked = vec![Vec::new(); machine.gpu.len()];
+        for (from, to) in &checked.links {
+            if let (End::Gpu(from), End::Gpu(to)) = (from, to) {
+                for (own, peer) in [(from, to), (to, from)] {
+                    if let Some(peers) = linked.get_mut(*own) {
+                        peers.push(*peer);
+                    }
+                }
+            }
+        }
+        Rules { machine, linked }
+    }
+
+    fn row(&self, from: End) -> Row {
+        let distances = &self.machine.distances;
+        let (cpus, gpus) = (self.machine.cpu.len(), self.machine.gpu.len());
+        let local = *distances.cpu_hbm_local.get_ref();
+        let remote = *distances.cpu_hbm_remote.get_ref();
+        match from {
+            End::Cpu(cpu) => Row {
+                cpus: vec![*distances.cpu_cpu.get_ref(); cpus],
+                gpus: self
+                    .machine
+                    .gpu
+                    .iter()
+                    .map(|gpu| *gpu.get_ref().cpu.get_ref() == cpu)
+                    .map(|attached| if attached { local } else { remote })
+                    .collect(),
+            },
+            End::Gpu(gpu) => {
+                let mut row = Row {
+                    cpus: vec![remote; cpus],
+                    gpus: vec![*distances.hbm_hbm.get_ref(); gpus],
+                };
+                for peer in self.linked.get(gpu).into_iter().flatten() {
+                    if let Some(value) = row.gpus.get_mut(*peer) {
+                        *value = *distances.hbm_hbm_linked.get_ref();
+                    }
+                }
+                if let Some(value) = row.gpus.get_mut(gpu) {
+                    *value = *distances.hbm_hbm_same_gpu.get_ref();
+                }
+                let attached = self.machine.gpu.get(gpu);
+                let attached = attached.map(|gpu| *gpu.get_ref().cpu.get_ref());
+                if let Some(value) = attached.and_then(|cpu| row.cpus.get_mut(cpu)) {
+                    *value = local;
+                }
+                row
+            }
+        }
+    }
 }

@@ -118,8 +118,11 @@ pub struct Gpu {
     pub id: String,
     /// Position in the description.
     pub index: u32,
-    /// PCI address, `bus:device.function`.
+    /// PCI address, `bus:device.function`; `segment:bus:device.function` where the segment is not 0.
     pub bdf: String,
+    /// PCI segment; only 0 has the GPUs that QEMU can carry.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub segment: u16,
     /// PCI bus.
     pub bus: u8,
     /// How its HBM reaches the guest.
@@ -211,10 +214,9 @@ impl Plan {
 
     /// The Linux node of a proximity domain.
     pub fn linux_node(&self, pxm: u32) -> Option<u32> {
-        self.nodes
-            .iter()
-            .find(|node| node.pxm == pxm)
-            .map(|node| node.linux_node)
+        let position = self.nodes.binary_search_by_key(&pxm, |node| node.pxm);
+        let node = self.nodes.get(position.ok()?)?;
+        Some(node.linux_node)
     }
 
     /// Names of the Generic Initiator objects in the order in which QEMU walks them.
@@ -226,9 +228,10 @@ impl Plan {
             .filter(|node| node.kind == NodeKind::Cpu)
             .count();
         let backends = backend_names(cpu_nodes, self.hbm().count());
-        let mut order = qom::walk_order(&qom::creation_order(&names, &backends));
-        order.retain(|name| names.contains(name));
-        order
+        qom::initiators_walked(&names, &backends)
+            .into_iter()
+            .filter_map(|position| names.get(position).cloned())
+            .collect()
     }
 
     /// Number of CPUs.
@@ -283,6 +286,12 @@ pub fn plan(machine: &Machine) -> Result<Plan, MachineError> {
     })
 }
 
+/// For `serde`: keeps the plan of a machine with one PCI segment free of segments.
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
+fn is_zero(segment: &u16) -> bool {
+    *segment == 0
+}
+
 /// Bytes of one partition of a GPU.
 fn partition_size(machine: &Machine, gpu: usize) -> u64 {
     machine.gpu.get(gpu).map_or(0, |gpu| {
@@ -309,9 +318,10 @@ fn gpus(
 ) -> Result<Vec<Gpu>, MachineError> {
     let buses = fabric::buses(machine)?;
     let hives = fabric::hives(machine, checked);
+    let mut links = fabric::links(machine, checked, &hives).into_iter();
     let mut ranges = placed.iter().zip(&numbering.hbm_pxm).zip(&initiators.names);
     let mut gpus = Vec::new();
-    for ((index, spanned), (bus, hive)) in
+    for ((index, spanned), ((segment, bus), hive)) in
         machine.gpu.iter().enumerate().zip(buses.iter().zip(&hives))
     {
         let gpu = spanned.get_ref();
@@ -333,7 +343,11 @@ fn gpus(
         gpus.push(Gpu {
             id: checked.ids.get(index).cloned().unwrap_or_default(),
             index: u32::try_from(index).unwrap_or(u32::MAX),
-            bdf: format!("{bus:02x}:00.0"),
+            bdf: match segment {
+                0 => format!("{bus:02x}:00.0"),
+                segment => format!("{segment:04x}:{bus:02x}:00.0"),
+            },
+            segment: *segment,
             bus: *bus,
             exposure: *gpu.exposure.get_ref(),
             cpu_pxm,
@@ -342,7 +356,7 @@ fn gpus(
             hive_id: hive.id,
             hive_node: hive.node,
             hive_size: hive.size,
-            links: fabric::links(machine, checked, index, &hives),
+            links: links.next().unwrap_or_default(),
         });
     }
     Ok(gpus)
@@ -356,6 +370,7 @@ fn nodes(
     numbering: &Numbering,
 ) -> Vec<Node> {
     let linux = |pxm: u32| numbering.linux.get(&pxm).copied().unwrap_or(pxm);
+    let mut ram = ram.iter().peekable();
     let mut nodes: Vec<Node> = (0u32..)
         .zip(&checked.cpus)
         .take(machine.cpu.len())
@@ -364,9 +379,7 @@ fn nodes(
             linux_node: linux(pxm),
             kind: NodeKind::Cpu,
             cpus: cpus.clone(),
-            ranges: ram
-                .iter()
-                .filter(|r| r.pxm == pxm)
+            ranges: std::iter::from_fn(|| ram.next_if(|r| r.pxm == pxm))
                 .map(|r| Range {
                     base: r.base,
                     size: r.size,

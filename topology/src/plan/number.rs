@@ -37,16 +37,14 @@ pub(super) fn name_initiators(machine: &Machine) -> Initiators {
         .collect();
     let backends = backend_names(machine.cpu.len(), all.len());
     let chosen = qom::initiator_names(named.len(), &backends);
-    let order = qom::walk_order(&qom::creation_order(&chosen, &backends));
     let mut names = vec![None; all.len()];
     for (name, index) in chosen.iter().zip(&named) {
         if let Some(slot) = names.get_mut(*index) {
             *slot = Some(name.clone());
         }
     }
-    let walked = order
-        .iter()
-        .filter_map(|name| chosen.iter().position(|chosen| chosen == name))
+    let walked = qom::initiators_walked(&chosen, &backends)
+        .into_iter()
         .filter_map(|position| named.get(position).copied())
         .collect();
     Initiators { names, walked }

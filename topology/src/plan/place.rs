@@ -1,5 +1,7 @@
 //! Addresses: where RAM and HBM are.
 
+use std::collections::BTreeMap;
+
 use super::{E820Entry, NodeRange, partition_size, partitions};
 use crate::error::MachineError;
 use crate::machine::Machine;
@@ -56,6 +58,8 @@ fn place_hbm(machine: &Machine, window_base: u64) -> Result<Vec<Range>, MachineE
     let gap = machine.placement.gap.get_ref().0;
     let mut space = Space::new(1 << 52);
     let mut fixed: Vec<(usize, Range)> = Vec::new();
+    // The same by address, so that only the last one below a range's end has to be looked at.
+    let mut by_base: BTreeMap<u64, Range> = BTreeMap::new();
     let around = |range: Range| Range {
         base: range.base.saturating_sub(gap),
         size: range
@@ -122,13 +126,17 @@ fn place_hbm(machine: &Machine, window_base: u64) -> Result<Vec<Range>, MachineE
             ));
             return Err(wrong(machine, base, key, message, help));
         }
-        for (other, taken) in &fixed {
+        let wanted = around(range);
+        let below = by_base.range(..wanted.end()).next_back();
+        if let Some((other, taken)) = below
+            .filter(|(_, taken)| wanted.overlaps(taken))
+            // Of several it is the first in the description that is named.
+            .and_then(|_| fixed.iter().find(|(_, taken)| wanted.overlaps(taken)))
+        {
             let clash = if range.overlaps(taken) {
                 "overlaps".to_owned()
-            } else if around(range).overlaps(taken) {
-                format!("is less than {} away from", Size(gap))
             } else {
-                continue;
+                format!("is less than {} away from", Size(gap))
             };
             let message = format!(
                 "{what} {clash} gpu[{other}]'s {:#x}..{:#x}",
@@ -142,6 +150,7 @@ fn place_hbm(machine: &Machine, window_base: u64) -> Result<Vec<Range>, MachineE
             return Err(wrong(machine, base, key, message, help));
         }
         fixed.push((*gpu, range));
+        by_base.insert(range.base, range);
     }
     for (_, range) in &fixed {
         space.reserve(around(*range));

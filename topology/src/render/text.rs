@@ -1,5 +1,6 @@
 //! The plan as a picture for a terminal.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use crate::plan::{NodeKind, Plan};
@@ -19,16 +20,17 @@ fn write_text(plan: &Plan, out: &mut String) -> std::fmt::Result {
     writeln!(out, "{}: {}", plan.name, plan.description)?;
     writeln!(out)?;
     writeln!(out, "memory map ({} address bits)", plan.phys_bits)?;
+    let owners: BTreeMap<u64, &str> = plan
+        .gpus
+        .iter()
+        .flat_map(|gpu| gpu.hbm.iter().map(|hbm| (hbm.base, gpu.id.as_str())))
+        .collect();
     for entry in &plan.e820 {
-        let owner = plan
-            .gpus
-            .iter()
-            .find(|gpu| {
-                gpu.hbm
-                    .iter()
-                    .any(|hbm| hbm.base == entry.base && entry.kind == E820_SOFT_RESERVED)
-            })
-            .map_or("", |gpu| gpu.id.as_str());
+        let owner = owners
+            .get(&entry.base)
+            .filter(|_| entry.kind == E820_SOFT_RESERVED)
+            .copied()
+            .unwrap_or_default();
         let last = entry.base + (entry.size - 1);
         let size = Size(entry.size).to_string();
         writeln!(
@@ -59,9 +61,14 @@ fn write_text(plan: &Plan, out: &mut String) -> std::fmt::Result {
     writeln!(out, "distances by PXM")?;
     let head: String = (0..plan.slit.len()).map(|pxm| format!("{pxm:4}")).collect();
     writeln!(out, "     {head}")?;
+    // By far the most of the text: every distance is formatted once, not once a cell.
+    let cells: Vec<String> = (0..=u8::MAX).map(|value| format!("{value:4}")).collect();
     for (pxm, row) in plan.slit.iter().enumerate() {
-        let row: String = row.iter().map(|value| format!("{value:4}")).collect();
-        writeln!(out, "{pxm:4}:{row}")?;
+        write!(out, "{pxm:4}:")?;
+        for value in row {
+            out.push_str(cells.get(usize::from(*value)).map_or("", String::as_str));
+        }
+        writeln!(out)?;
     }
     writeln!(out)?;
     writeln!(out, "GPUs")?;

@@ -4,9 +4,11 @@
 //! |---|---|
 //! | `registers.md` | the tables of `numagpu-spec`, by [`registers`], with the texts that [`comments`] finds |
 //! | `cli.md` | what the `numagpu` command says of itself, by [`cli`] |
+//! | `config.md` | the schema that the `numagpu` command prints, by [`config`] |
 
 mod cli;
 mod comments;
+mod config;
 mod markdown;
 mod registers;
 
@@ -81,6 +83,7 @@ fn pages(workspace: &Workspace) -> Result<Vec<Page>> {
     let pages = [
         ("docs/registers.md", registers::page(&workspace.root)?),
         ("docs/cli.md", cli::page(&numagpu)?),
+        ("docs/config.md", config::page(&workspace.root, &numagpu)?),
     ];
     Ok(pages
         .map(|(path, text)| Page {

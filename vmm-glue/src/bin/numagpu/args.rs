@@ -25,6 +25,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Boot a Linux guest with a machine's GPUs and show what it sees beside what was planned.
     Run(RunArgs),
+    /// Print the JSON Schema of a machine description, for editors and programs that write one.
+    Schema,
     /// Print a shell's completions.
     Completions {
         /// Which shell.

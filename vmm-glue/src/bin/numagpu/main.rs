@@ -16,7 +16,9 @@ use anyhow::Context;
 use clap::{CommandFactory, Parser};
 use numagpu_topology::machine::Mark;
 use numagpu_topology::qemu::Host;
-use numagpu_topology::{Plan, acpi, linux, memory_map, preset, qemu, render};
+use numagpu_topology::{
+    Plan, acpi, linux, memory_map, preset, qemu, render, schema,
+};
 
 use args::{Args, Command, Format, PlanArgs};
 
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan(&args),
         Command::Serve(args) => serve::serve(&args),
         Command::Run(args) => boot::run(&args),
+        Command::Schema => print_schema(),
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Args::command(), "numagpu", &mut text);
@@ -205,6 +208,11 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
             tell(format_args!("warning: {warning}"));
         }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_schema() -> Result<ExitCode, Failure> {
+    print(schema::text()?.as_bytes())?;
     Ok(ExitCode::SUCCESS)
 }
 
