@@ -1,6 +1,6 @@
 //! Links as pictures draw them: each once.
 
-use crate::plan::{Gpu, GpuLink, NodeKind, Plan};
+use crate::plan::{Gpu, GpuLink, Node, NodeKind, Plan};
 
 /// A link, told from the end of the GPU that comes first.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +32,21 @@ pub(super) fn cpu_name(pxm: u32) -> String {
     format!("cpu{pxm}")
 }
 
+/// `cpu0`, `gcd1`, or `gpu0/2` where a GPU has several partitions.
+pub(super) fn node_name(plan: &Plan, node: &Node) -> String {
+    let Some(id) = &node.gpu else {
+        return cpu_name(node.pxm);
+    };
+    let gpu = plan.gpus.iter().find(|gpu| gpu.id == *id);
+    let partition = gpu
+        .filter(|gpu| gpu.hbm.len() > 1)
+        .and_then(|gpu| gpu.hbm.iter().position(|hbm| hbm.pxm == node.pxm));
+    match partition {
+        Some(partition) => format!("{id}/{partition}"),
+        None => id.clone(),
+    }
+}
+
 /// Whether a GPU has a link to the CPU node it is attached to.
 pub(super) fn has_cpu_link(gpu: &Gpu) -> bool {
     let name = cpu_name(gpu.cpu_pxm);
@@ -39,7 +54,7 @@ pub(super) fn has_cpu_link(gpu: &Gpu) -> bool {
 }
 
 /// Proximity domains of CPU nodes with the GPUs attached to each.
-pub(super) fn cpu_nodes(plan: &Plan) -> Vec<(&crate::plan::Node, Vec<&Gpu>)> {
+pub(super) fn cpu_nodes(plan: &Plan) -> Vec<(&Node, Vec<&Gpu>)> {
     plan.nodes
         .iter()
         .filter(|node| node.kind == NodeKind::Cpu)

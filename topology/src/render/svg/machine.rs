@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use super::canvas::{Canvas, fit, text_width};
+use super::canvas::{Canvas, fit, number, text_width};
 use super::place::{Boxes, CpuBox, GpuBox, PARTITION, depth, place};
 use super::{FAINT, HBM, INK, Part, RAM, heading};
 use crate::plan::{GpuLink, Plan};
@@ -59,6 +59,8 @@ pub(super) fn draw(plan: &Plan) -> Result<Part, fmt::Error> {
 /// How links look.
 struct Style {
     widest: f64,
+    /// Width of the widest link: the more links a GPU has, the thinner.
+    thickest: f64,
     /// Bandwidths between GPUs, the highest first.
     classes: Vec<u32>,
 }
@@ -70,8 +72,15 @@ impl Style {
             .filter(|drawn| drawn.peer.is_some())
             .map(|drawn| drawn.link.bandwidth_mbs)
             .collect();
+        let most = plan
+            .gpus
+            .iter()
+            .map(|gpu| gpu.links.len())
+            .max()
+            .unwrap_or(0);
         Style {
             widest: f64::from(links::widest(plan).max(1)),
+            thickest: (26.0 / number(most.max(1))).clamp(2.0, 8.0),
             classes: speeds.into_iter().rev().collect(),
         }
     }
@@ -92,7 +101,7 @@ impl Style {
     }
 
     fn stroke(&self, link: &GpuLink, to_gpu: bool) -> String {
-        let width = 1.4 + 6.6 * f64::from(link.bandwidth_mbs) / self.widest;
+        let width = 1.4 + (self.thickest - 1.4) * f64::from(link.bandwidth_mbs) / self.widest;
         let dashes = match link.bandwidth_mbs {
             0 => " stroke-dasharray=\"6 3\"",
             _ => "",
@@ -127,7 +136,7 @@ impl Port<'_> {
             return Ok(());
         };
         let width = text_width(&text, 10.0) + 5.0;
-        if width > self.room {
+        if width + 6.0 > self.room {
             return Ok(());
         }
         let y = self.y + self.away * 15.0;
@@ -190,7 +199,7 @@ fn ports<'a>(plan: &'a Plan, boxes: &Boxes<'a>) -> Vec<Port<'a>> {
             ends.push((key, index, *link));
         }
         ends.sort_by(|(a, ..), (b, ..)| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-        let step = own.rect.w / (super::canvas::number(ends.len()) + 1.0);
+        let step = own.rect.w / (number(ends.len()) + 1.0);
         let mut x = own.rect.x;
         for (_, link, drawn) in ends {
             x += step;

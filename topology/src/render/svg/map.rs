@@ -4,11 +4,12 @@ use std::fmt;
 
 use super::canvas::{Canvas, N, fit, number};
 use super::{FAINT, HBM, INK, Part, RAM, RESERVED, heading};
-use crate::plan::{E820Entry, Plan};
+use crate::plan::{E820Entry, NodeKind, Plan};
 use crate::platform::{AMD_HT, FOUR_GIB};
 use crate::ranges::Range;
+use crate::render::links;
 use crate::render::text::cpu_list;
-use crate::size::{KIB, Size};
+use crate::size::{GIB, KIB, MIB, Size, TIB};
 use crate::{E820_RAM, E820_SOFT_RESERVED};
 
 const BAR: f64 = 124.0;
@@ -76,7 +77,11 @@ fn segments(plan: &Plan) -> Vec<Segment> {
         all.push(used(plan, entry));
         end = entry.base.saturating_add(entry.size);
     }
-    all.extend(hole(end, 1u64.checked_shl(plan.phys_bits).unwrap_or(end)));
+    let last = hole(end, 1u64.checked_shl(plan.phys_bits).unwrap_or(end));
+    all.extend(last.map(|hole| Segment {
+        note: "hole, with 64-bit PCI in it".to_owned(),
+        ..hole
+    }));
     all
 }
 
@@ -86,7 +91,7 @@ fn hole(base: u64, end: u64) -> Option<Segment> {
     let note = if end <= FOUR_GIB {
         "hole: PCI below 4 GiB"
     } else if range.base < AMD_HT.end() && AMD_HT.base < range.end() {
-        "hole, HyperTransport's in it"
+        "hole, with AMD's reserved range"
     } else {
         "hole"
     };
@@ -110,18 +115,17 @@ fn used(plan: &Plan, entry: &E820Entry) -> Segment {
         .collect();
     let node = match nodes.len() {
         0 => String::new(),
-        1 => format!("Linux node {}", cpu_list(&nodes)),
-        _ => format!("Linux nodes {}", cpu_list(&nodes)),
+        1 => format!("node {}", cpu_list(&nodes)),
+        _ => format!("nodes {}", cpu_list(&nodes)),
     };
     let (colour, note, owner) = match entry.kind {
         E820_RAM => (RAM, "RAM".to_owned(), node),
         E820_SOFT_RESERVED => {
-            let of = |gpu: &&crate::plan::Gpu| gpu.hbm.iter().any(|hbm| within(&hbm.range()));
-            let gpus: Vec<&str> = plan
-                .gpus
+            let names: Vec<String> = plan
+                .nodes
                 .iter()
-                .filter(of)
-                .map(|gpu| gpu.id.as_str())
+                .filter(|node| node.kind == NodeKind::Hbm && node.ranges.iter().any(within))
+                .map(|node| links::node_name(plan, node))
                 .collect();
             let pxms: Vec<String> = plan
                 .hbm()
@@ -129,7 +133,7 @@ fn used(plan: &Plan, entry: &E820Entry) -> Segment {
                 .map(|hbm| hbm.pxm.to_string())
                 .collect();
             let owner = format!("PXM {}, {node}", pxms.join(","));
-            (HBM, format!("HBM of {}", gpus.join(", ")), owner)
+            (HBM, format!("HBM of {}", names.join(", ")), owner)
         }
         _ => (RESERVED, "reserved".to_owned(), String::new()),
     };
@@ -156,12 +160,13 @@ fn height(segment: &Segment, crowded: bool) -> f64 {
 
 fn range(canvas: &mut Canvas, segment: &Segment, y: f64, height: f64) -> fmt::Result {
     let middle = y + height / 2.0;
-    let size = Size(segment.size).to_string();
+    let size = rough(segment.size);
     let end = segment.base.saturating_add(segment.size);
     canvas.open(&format!(
-        "{:#x}-{:#x} {size} {} {}",
+        "{:#x}-{:#x} {} {} {}",
         segment.base,
         end.saturating_sub(1),
+        Size(segment.size),
         segment.note,
         segment.owner
     ))?;
@@ -213,6 +218,19 @@ fn range(canvas: &mut Canvas, segment: &Segment, y: f64, height: f64) -> fmt::Re
         )?;
     }
     canvas.close()
+}
+
+/// A size in at most four digits before the point; `~` where it is not exact.
+fn rough(bytes: u64) -> String {
+    let exact = Size(bytes).to_string();
+    let digits = exact.chars().take_while(char::is_ascii_digit).count();
+    let units = [("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)];
+    match units.into_iter().find(|(_, unit)| bytes >= *unit) {
+        Some((name, unit)) if digits > 4 => {
+            format!("~{}.{} {name}", bytes / unit, bytes % unit * 10 / unit)
+        }
+        _ => exact,
+    }
 }
 
 /// A hole: open sides, cut by a zigzag at each.

@@ -4,7 +4,8 @@ use std::fmt;
 
 use super::canvas::{Canvas, number};
 use super::{FAINT, Part, heading};
-use crate::plan::{Node, NodeKind, Plan};
+use crate::plan::{Node, Plan};
+use crate::render::links;
 
 /// What ACPI has for "cannot reach".
 const UNREACHABLE: u8 = 255;
@@ -32,7 +33,7 @@ pub(super) fn draw(plan: &Plan) -> Result<Part, fmt::Error> {
         let at = number(index) * cell;
         canvas.text(
             (left + at + cell / 2.0, top - 6.0),
-            &format!("{} fill=\"{FAINT}\"", middle(font.max(8.0))),
+            &format!("{} fill=\"{FAINT}\"", middle(font.clamp(8.0, 12.0))),
             &node.pxm.to_string(),
         )?;
         canvas.text(
@@ -100,20 +101,8 @@ fn blend(share: f64) -> String {
     format!("rgb({:.0},{:.0},{:.0})", next(), next(), next())
 }
 
-/// `gcd1, partition 0   PXM 4`.
+/// `gcd1 · node 5 · PXM 4`.
 fn row_name(plan: &Plan, node: &Node) -> String {
-    let name = match (&node.gpu, node.kind) {
-        (Some(id), NodeKind::Hbm) => {
-            let gpu = plan.gpus.iter().find(|gpu| gpu.id == *id);
-            let partition = gpu
-                .filter(|gpu| gpu.hbm.len() > 1)
-                .and_then(|gpu| gpu.hbm.iter().position(|hbm| hbm.pxm == node.pxm));
-            match partition {
-                Some(partition) => format!("{id}/{partition}"),
-                None => id.clone(),
-            }
-        }
-        _ => super::super::links::cpu_name(node.pxm),
-    };
+    let name = links::node_name(plan, node);
     format!("{name} · node {} · PXM {}", node.linux_node, node.pxm)
 }
