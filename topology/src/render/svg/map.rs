@@ -91,7 +91,7 @@ fn hole(base: u64, end: u64) -> Option<Segment> {
     let note = if end <= FOUR_GIB {
         "hole: PCI below 4 GiB"
     } else if range.base < AMD_HT.end() && AMD_HT.base < range.end() {
-        "hole, with AMD's reserved range"
+        "hole, AMD's own in it"
     } else {
         "hole"
     };
