@@ -2,7 +2,7 @@
 //!
 //! A *machine description* (TOML) says which CPU nodes, GPUs, links and distances a machine has. [`plan()`] turns it
 //! into a [`Plan`]: the guest's memory map, its proximity domains, its PCI functions, and what Linux will make of
-//! them. Everything else is a function of the plan: E820 entries, command lines, JSON, a picture for a terminal,
+//! them. Everything else is a function of the plan: E820 entries, command lines, JSON, pictures,
 //! and the list of facts that a booted guest is held against.
 //!
 //! ```
@@ -33,8 +33,7 @@
 //!
 //! The crate is pure: no I/O, no clock, no randomness; the same input gives the same bytes.
 //!
-//! What it does not do yet: exposures other than `spm`, HMAT under QEMU, Cloud Hypervisor's command line, pictures
-//! other than text.
+//! What it does not do yet: exposures other than `spm`, HMAT under QEMU, Cloud Hypervisor's command line.
 
 #![forbid(unsafe_code)]
 

@@ -28,7 +28,7 @@ fn kernel_arguments(plan: &Plan) -> String {
 }
 
 /// Output by the ending of its file.
-fn outputs(plan: &Plan) -> [(&'static str, String); 6] {
+fn outputs(plan: &Plan) -> [(&'static str, String); 9] {
     [
         ("text", render::text(plan)),
         ("json", render::json(plan).unwrap()),
@@ -36,6 +36,9 @@ fn outputs(plan: &Plan) -> [(&'static str, String); 6] {
         ("qemu", command_line(plan, BootPath::Ovmf)),
         ("seabios.qemu", command_line(plan, BootPath::SeaBios)),
         ("cmdline", kernel_arguments(plan)),
+        ("svg", render::svg(plan)),
+        ("dot", render::dot(plan)),
+        ("hwloc", render::hwloc(plan)),
     ]
 }
 

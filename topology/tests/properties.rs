@@ -419,6 +419,9 @@ fn check_outputs(plan: &Plan) {
     check_json(plan);
     assert_eq!(render::e820(plan).lines().count(), plan.e820.len());
     assert!(render::text(plan).starts_with(&plan.name));
+    assert!(render::svg(plan).ends_with("</svg>\n"));
+    assert!(render::dot(plan).ends_with("}\n"));
+    assert!(render::hwloc(plan).ends_with("</topology>\n"));
     for boot in [BootPath::Ovmf, BootPath::SeaBios] {
         let host = Host::placeholders(plan, boot, "/s", "/h");
         let Ok(arguments) = qemu::arguments(plan, &host) else {

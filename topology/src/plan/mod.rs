@@ -219,6 +219,17 @@ impl Plan {
         Some(node.linux_node)
     }
 
+    /// Whether Linux has the node of a proximity domain online at boot.
+    pub fn is_online(&self, pxm: u32) -> bool {
+        self.nodes.iter().any(|node| node.pxm == pxm && node.online)
+    }
+
+    /// Distance between two proximity domains.
+    pub fn distance(&self, from: u32, to: u32) -> Option<u8> {
+        let row = self.slit.get(usize::try_from(from).ok()?)?;
+        row.get(usize::try_from(to).ok()?).copied()
+    }
+
     /// Names of the Generic Initiator objects in the order in which QEMU walks them.
     pub fn initiator_order(&self) -> Vec<String> {
         let names: Vec<String> = self.hbm().filter_map(|hbm| hbm.initiator.clone()).collect();

@@ -1,7 +1,15 @@
 //! Outputs for people and programs: functions of the plan.
 
+mod dot;
+mod hwloc;
+mod links;
+mod svg;
 pub mod text;
+mod xml;
 
+pub use dot::dot;
+pub use hwloc::hwloc;
+pub use svg::svg;
 pub use text::text;
 
 use crate::plan::Plan;

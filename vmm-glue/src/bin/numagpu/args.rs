@@ -53,6 +53,12 @@ pub enum Format {
     Qemu,
     /// The kernel arguments that the guest needs.
     LinuxCmdline,
+    /// A picture: memory map, nodes, GPUs, links, distances.
+    Svg,
+    /// A graph for Graphviz.
+    Dot,
+    /// hwloc 2 XML, for `lstopo -i`.
+    Hwloc,
 }
 
 /// Firmware of the guest.

@@ -196,6 +196,9 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
             let arguments = linux::command_line(boot, plan.guest.driver, &plan.hbm_ranges());
             format!("{}\n", arguments.join(" "))
         }
+        Format::Svg => render::svg(&plan),
+        Format::Dot => render::dot(&plan),
+        Format::Hwloc => render::hwloc(&plan),
     };
     match &args.output {
         Some(path) => {
