@@ -176,9 +176,8 @@ fn corridor(plan: &Plan, boxes: &Boxes<'_>, rows: &[&[(&Node, Vec<&Gpu>)]; 2]) -
     if second.is_empty() {
         return if hanging > 0.0 { hanging + 10.0 } else { 0.0 };
     }
-    let mut column = 0;
     let mut standing: Vec<GpuBox<'_>> = Vec::new();
-    for gpu in second.iter().flat_map(|(_, gpus)| gpus) {
+    for (column, gpu) in second.iter().flat_map(|(_, gpus)| gpus).enumerate() {
         let rect = Rect {
             x: 0.0,
             y: 0.0,
@@ -191,7 +190,6 @@ fn corridor(plan: &Plan, boxes: &Boxes<'_>, rows: &[&[(&Node, Vec<&Gpu>)]; 2]) -
             row: 1,
             column,
         });
-        column += 1;
     }
     (hanging + deepest(&standing, plan, 1) + 20.0).max(150.0)
 }
