@@ -16,9 +16,7 @@ use anyhow::Context;
 use clap::{CommandFactory, Parser};
 use numagpu_topology::machine::Mark;
 use numagpu_topology::qemu::Host;
-use numagpu_topology::{
-    Plan, acpi, linux, memory_map, preset, qemu, render, schema,
-};
+use numagpu_topology::{Plan, acpi, linux, memory_map, preset, qemu, render, schema};
 
 use args::{Args, Command, Format, PlanArgs};
 
