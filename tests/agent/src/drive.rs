@@ -479,12 +479,9 @@ impl Drive {
 impl Gpu {
     fn new(device: Device, dax: &[DaxSeen]) -> Gpu {
         use regs::{identity, link, topology};
-        let (_, count) = (
-            0,
-            device
-                .read32(identity::BASE, identity::PARTITION_COUNT)
-                .min(regs::MAX_PARTITIONS),
-        );
+        let count = device
+            .read32(identity::BASE, identity::PARTITION_COUNT)
+            .min(regs::MAX_PARTITIONS);
         let partitions = (0..count)
             .map(|index| {
                 let range = device.hbm(index);
