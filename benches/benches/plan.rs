@@ -54,7 +54,7 @@ fn linux_cmdline(plan: &Plan) -> String {
 type Output = (&'static str, fn(&Plan) -> String);
 
 const OUTPUTS: [Output; 5] = [
-    ("text", render::text),
+    ("text", |plan| render::text(plan, BootPath::Ovmf)),
     ("json", |plan| render::json(plan).unwrap()),
     ("e820", render::e820),
     ("linux-cmdline", linux_cmdline),

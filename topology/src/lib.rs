@@ -28,12 +28,11 @@
 //! | [`render`] | outputs for people and programs |
 //! | [`qemu`] | QEMU command lines |
 //! | [`acpi`], [`memory_map`] | ACPI tables and memory maps as bytes, for other VMMs |
+//! | [`mod@predict`] | what Linux will make of the plan on each way of booting it |
 //! | [`preset`] | machines that come with the crate |
 //! | [`seen`], [`verify`] | what a guest reports, and how it compares |
 //!
 //! The crate is pure: no I/O, no clock, no randomness; the same input gives the same bytes.
-//!
-//! What it does not do yet: exposures other than `spm`, HMAT under QEMU, Cloud Hypervisor's command line.
 
 #![forbid(unsafe_code)]
 
@@ -45,11 +44,13 @@ pub mod memory_map;
 mod parse;
 pub mod plan;
 pub mod platform;
+pub mod predict;
 pub mod preset;
 pub mod qemu;
 pub mod qom;
 pub mod ranges;
 pub mod render;
+mod scale;
 pub mod schema;
 pub mod seen;
 pub mod size;
@@ -60,6 +61,7 @@ pub use error::MachineError;
 pub use machine::Machine;
 pub use parse::parse;
 pub use plan::{Plan, plan};
+pub use predict::{Prediction, predict};
 
 /// E820 type of memory that the page allocator may use (ACPI 6.5, table 15.4).
 pub const E820_RAM: u32 = 1;

@@ -6,17 +6,36 @@
 
 use std::collections::BTreeMap;
 
+use serde::Serialize;
+
 use crate::machine::Driver;
 use crate::ranges::Range;
 
 /// How the guest learns of its soft-reserved memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum BootPath {
     /// OVMF from edk2-stable202605 on: firmware announces the ranges itself.
     #[default]
     Ovmf,
     /// SeaBIOS, which drops the ranges: `memmap=` arguments announce them, so the kernel is booted directly.
     SeaBios,
+    /// qboot, which hands the memory map to the kernel as it is, but sets up no PCI bridges.
+    Qboot,
+    /// A VMM that loads the kernel itself and hands it the plan's own memory map and ACPI tables.
+    Direct,
+}
+
+impl BootPath {
+    /// In words.
+    pub const fn words(self) -> &'static str {
+        match self {
+            BootPath::Ovmf => "OVMF",
+            BootPath::SeaBios => "SeaBIOS with memmap= arguments",
+            BootPath::Qboot => "qboot",
+            BootPath::Direct => "direct boot",
+        }
+    }
 }
 
 /// A memory entry of the SRAT that QEMU writes for the device-memory window.
@@ -91,13 +110,12 @@ pub fn command_line(boot: BootPath, driver: Driver, hbm: &[Range]) -> Vec<String
             )
         }));
     }
-    arguments.push(
-        match driver {
-            Driver::User => "dax_hmem.region_idle=1",
-            Driver::Kernel => "device_hmem.disable=1",
-        }
-        .to_owned(),
-    );
+    let argument = match driver {
+        Driver::User => "dax_hmem.region_idle=1",
+        Driver::Kernel => "device_hmem.disable=1",
+    };
+    // Without soft-reserved memory there is nothing that kmem could take.
+    arguments.extend((!hbm.is_empty()).then(|| argument.to_owned()));
     arguments
 }
 

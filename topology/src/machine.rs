@@ -30,6 +30,10 @@ pub struct Machine {
     #[serde(default)]
     #[schemars(with = "Vec<CpuNode>", length(min = 1))]
     pub cpu: Vec<Spanned<CpuNode>>,
+    /// Memory nodes without CPUs, such as the HBM of a CPU package: ordinary RAM, numbered after the CPU nodes.
+    #[serde(default)]
+    #[schemars(with = "Vec<MemoryNode>")]
+    pub memory: Vec<Spanned<MemoryNode>>,
     /// GPUs.
     #[serde(default)]
     #[schemars(with = "Vec<Gpu>")]
@@ -47,6 +51,9 @@ pub struct Machine {
     /// How HBM is laid out.
     #[serde(default)]
     pub placement: Placement,
+    /// What the HBM is made of on the host.
+    #[serde(default)]
+    pub backing: Backing,
     /// What will run in the guest.
     #[serde(default)]
     pub guest: Guest,
@@ -103,13 +110,39 @@ pub struct CpuNode {
     /// Its CPUs: as many, numbered on from the node before, or these.
     #[schemars(with = "Cpus")]
     pub cpus: Spanned<Cpus>,
-    /// Its RAM; a multiple of 2 MiB.
+    /// Its RAM; a multiple of 2 MiB. Not needed where a GPU with exposure `ram` brings the node's memory.
+    #[serde(default)]
     #[schemars(with = "Size")]
-    pub memory: Spanned<Size>,
+    pub memory: Option<Spanned<Size>>,
     /// Nanoseconds from its CPUs to its RAM; 0 = not known.
     #[serde(default)]
     pub latency_ns: u32,
     /// MB/s from its CPUs to its RAM; 0 = not known.
+    #[serde(default)]
+    pub bandwidth_mbs: u32,
+}
+
+impl CpuNode {
+    /// Bytes of RAM of its own, without what GPUs bring.
+    pub fn own_memory(&self) -> u64 {
+        self.memory.as_ref().map_or(0, |size| size.get_ref().0)
+    }
+}
+
+/// A node with RAM and without CPUs (Intel Xeon Max in flat mode: HBM of the package).
+#[derive(Clone, Debug, DeriveDeserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryNode {
+    /// Its RAM; a multiple of 2 MiB.
+    #[schemars(with = "Size")]
+    pub memory: Spanned<Size>,
+    /// CPU node that it is next to, from 0 in the order of the `[[cpu]]` tables.
+    #[schemars(with = "usize")]
+    pub cpu: Spanned<usize>,
+    /// Nanoseconds from that node's CPUs; 0 = not known.
+    #[serde(default)]
+    pub latency_ns: u32,
+    /// MB/s from that node's CPUs; 0 = not known.
     #[serde(default)]
     pub bandwidth_mbs: u32,
 }
@@ -183,11 +216,11 @@ impl<'de> Deserialize<'de> for Cpus {
 pub enum Exposure {
     /// Soft-reserved memory with a proximity domain of its own, present at boot (AMD MI250X node).
     Spm,
-    /// Ordinary memory of a node (AMD MI300A).
+    /// Ordinary memory of its CPU node, which the page allocator owns (AMD MI300A).
     Ram,
     /// A coherent BAR, and proximity domains without memory that the driver fills (NVIDIA GH200).
     Bar,
-    /// A BAR of the device, not coherent (AMD MI300X on a PCIe host).
+    /// A BAR of the device, not coherent, without a proximity domain (AMD MI300X on a PCIe host).
     Private,
 }
 
@@ -228,10 +261,21 @@ pub struct Gpu {
     /// HBM of all partitions together; each partition is a multiple of 2 MiB.
     #[schemars(with = "Size")]
     pub hbm: Spanned<Size>,
-    /// Partitions of equal size, 1 to 8, each a proximity domain of its own.
+    /// Partitions of equal size, 1 to 8; with exposure `spm` each is a proximity domain of its own. A GPU with exposure
+    /// `ram` has 1.
     #[serde(default = "one")]
     #[schemars(with = "u32", range(min = 1, max = 8))]
     pub partitions: Spanned<u32>,
+    /// Proximity domains without memory of a GPU with exposure `bar`: as many as partitions, up to 8, which is the
+    /// default, as on NVIDIA Grace.
+    #[serde(default)]
+    #[schemars(with = "u32", range(min = 1, max = 8))]
+    pub domains: Option<Spanned<u32>>,
+    /// Size of the BAR through which HBM is reached, for exposures `bar` and `private`: a power of two that is no smaller
+    /// than the HBM; by default the smallest.
+    #[serde(default)]
+    #[schemars(with = "Size")]
+    pub aperture: Option<Spanned<Size>>,
     /// Nanoseconds from the GPU to its own HBM; 0 = not known.
     #[serde(default)]
     pub hbm_latency_ns: u32,
@@ -241,7 +285,7 @@ pub struct Gpu {
     /// CPU node it is attached to, from 0 in the order of the `[[cpu]]` tables.
     #[schemars(with = "usize")]
     pub cpu: Spanned<usize>,
-    /// How its HBM reaches the guest; so far only `spm` can be planned.
+    /// How its HBM reaches the guest.
     #[serde(default = "spm")]
     #[schemars(with = "Exposure")]
     pub exposure: Spanned<Exposure>,
@@ -249,10 +293,12 @@ pub struct Gpu {
     #[serde(default = "attached")]
     #[schemars(with = "PciNode")]
     pub pci_node: Spanned<PciNode>,
-    /// Whether firmware names it as Generic Initiator of its HBM's domains, which keeps those nodes online.
+    /// Whether firmware names it as Generic Initiator of its HBM's domains, which keeps those nodes online. By default
+    /// only with exposure `bar`, whose domains Linux learns of in no other way.
     #[serde(default)]
-    pub generic_initiator: bool,
-    /// Guest physical address of its first partition; chosen if not given. The others follow it.
+    #[schemars(with = "bool")]
+    pub generic_initiator: Option<Spanned<bool>>,
+    /// Guest physical address of its first partition, with exposure `spm`; chosen if not given. The others follow it.
     #[serde(default)]
     #[schemars(with = "Size")]
     pub base: Option<Spanned<Size>>,
@@ -260,7 +306,52 @@ pub struct Gpu {
     #[serde(default)]
     #[schemars(with = "u32", range(min = 2, max = 255))]
     pub bus: Option<Spanned<u32>>,
+    /// NUMA node of the host whose memory its HBM is made of, with exposure `spm`; any if not given.
+    #[serde(default)]
+    #[schemars(with = "u32", range(max = 1023))]
+    pub host_node: Option<Spanned<u32>>,
 }
+
+impl Gpu {
+    /// Whether firmware names it as Generic Initiator of its domains.
+    pub fn is_initiator(&self) -> bool {
+        let by_default = *self.exposure.get_ref() == Exposure::Bar;
+        self.generic_initiator
+            .as_ref()
+            .map_or(by_default, |is| *is.get_ref())
+    }
+
+    /// Proximity domains of its own.
+    pub fn domain_count(&self) -> u32 {
+        match self.exposure.get_ref() {
+            Exposure::Spm => *self.partitions.get_ref(),
+            Exposure::Bar => self
+                .domains
+                .as_ref()
+                .map_or(MAX_DOMAINS, |count| *count.get_ref()),
+            Exposure::Ram | Exposure::Private => 0,
+        }
+    }
+
+    /// Bytes of each partition.
+    pub fn partition_bytes(&self) -> u64 {
+        self.hbm.get_ref().0 / u64::from((*self.partitions.get_ref()).max(1))
+    }
+
+    /// Bytes of the BAR through which its HBM is reached; none if it is not reached through one.
+    pub fn aperture_bytes(&self) -> Option<u64> {
+        match self.exposure.get_ref() {
+            Exposure::Bar | Exposure::Private => self.aperture.as_ref().map_or_else(
+                || self.hbm.get_ref().0.checked_next_power_of_two(),
+                |size| Some(size.get_ref().0),
+            ),
+            Exposure::Spm | Exposure::Ram => None,
+        }
+    }
+}
+
+/// Most proximity domains of a GPU: what NVIDIA's firmware gives each (`nvidia,gpu-mem-pxm-count`).
+pub const MAX_DOMAINS: u32 = 8;
 
 fn spanned<T>(value: T) -> Spanned<T> {
     Spanned::new(0..0, value)
@@ -306,16 +397,16 @@ pub struct Link {
 #[derive(Clone, Debug, DeriveDeserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Distances {
-    /// The whole matrix by CPU node and then HBM in order of GPUs and partitions; overrules all else.
+    /// The whole matrix by CPU node, then memory node, then HBM in order of GPUs and partitions; overrules all else.
     #[schemars(with = "Vec<Vec<u32>>", inner(inner(range(min = 10, max = 255))))]
     pub matrix: Option<Spanned<Vec<Vec<u32>>>>,
     /// Between CPU nodes.
     #[schemars(with = "u32", range(min = 11, max = 255))]
     pub cpu_cpu: Spanned<u32>,
-    /// Between HBM and the CPU node that its GPU is attached to.
+    /// Between HBM and the CPU node that its GPU is attached to, and between a memory node and the CPU node next to it.
     #[schemars(with = "u32", range(min = 11, max = 255))]
     pub cpu_hbm_local: Spanned<u32>,
-    /// Between HBM and the other CPU nodes.
+    /// Between HBM or a memory node and the other CPU nodes.
     #[schemars(with = "u32", range(min = 11, max = 255))]
     pub cpu_hbm_remote: Spanned<u32>,
     /// Between partitions of one GPU.
@@ -324,7 +415,7 @@ pub struct Distances {
     /// Between HBM of GPUs with a link.
     #[schemars(with = "u32", range(min = 11, max = 255))]
     pub hbm_hbm_linked: Spanned<u32>,
-    /// Between HBM of GPUs without a link.
+    /// Between HBM of GPUs without a link, and between memory nodes and other HBM.
     #[schemars(with = "u32", range(min = 11, max = 255))]
     pub hbm_hbm: Spanned<u32>,
 }
@@ -350,13 +441,65 @@ pub struct Limits {
     /// Physical address bits of its CPUs, 36 to 52.
     #[schemars(with = "u32", range(min = 36, max = 52), extend("x-unit" = "bits"))]
     pub phys_bits: Spanned<u32>,
+    /// Where the PCI hole below 4 GiB begins, so the most RAM that is below it: a multiple of 2 MiB from 256 MiB to
+    /// 2816 MiB. By default q35's: at 2 GiB with 2816 MiB of RAM or more, otherwise behind the RAM.
+    #[schemars(with = "Size")]
+    pub pci_hole: Option<Spanned<Size>>,
+    /// Size of the PCI hole behind all memory: a multiple of 1 GiB. By default 32 GiB, and what the GPUs' HBM apertures
+    /// take.
+    #[schemars(with = "Size")]
+    pub pci_hole64: Option<Spanned<Size>>,
+    /// Whether the range 0xFD00000000 to 1 TiB is reserved, as AMD's CPUs have it; without it the guest's CPUs say that
+    /// they are Intel's.
+    pub amd_hole: bool,
 }
 
 impl Default for Limits {
-    /// 40 bits, what QEMU's own emulation has.
+    /// 40 bits, what QEMU's own emulation has; q35's holes; AMD CPUs.
     fn default() -> Limits {
         Limits {
             phys_bits: spanned(40),
+            pci_hole: None,
+            pci_hole64: None,
+            amd_hole: true,
+        }
+    }
+}
+
+/// Kinds of host memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, DeriveDeserialize, JsonSchema, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackingKind {
+    /// Memory files without a name (memfd).
+    #[default]
+    Memfd,
+    /// Memory files without a name, of huge pages.
+    Hugetlb,
+    /// Files in a directory: the command's `--hbm-dir`, else `directory`.
+    File,
+}
+
+/// What the HBM is made of on the host.
+#[derive(Clone, Debug, DeriveDeserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Backing {
+    /// Kind of memory.
+    #[schemars(with = "BackingKind")]
+    pub kind: Spanned<BackingKind>,
+    /// Directory of the files, for `file`: of a file system that has room, such as tmpfs, hugetlbfs or one on a dax device.
+    #[schemars(with = "String")]
+    pub directory: Option<Spanned<String>>,
+    /// Size of the huge pages, for `hugetlb`: 2MiB, the default, or 1GiB.
+    #[schemars(with = "Size")]
+    pub page: Option<Spanned<Size>>,
+}
+
+impl Default for Backing {
+    fn default() -> Backing {
+        Backing {
+            kind: spanned(BackingKind::Memfd),
+            directory: None,
+            page: None,
         }
     }
 }
@@ -368,7 +511,8 @@ pub struct Placement {
     /// Alignment of every HBM range: a power of two from 2 MiB. 2 GiB satisfies every rule of Linux.
     #[schemars(with = "Size")]
     pub align: Spanned<Size>,
-    /// Free space between two HBM ranges, at least 2 MiB: without it, firmware merges them.
+    /// Free space between two HBM ranges, a multiple of 2 MiB. With none, OVMF merges them (see `numagpu plan`'s
+    /// warnings).
     #[schemars(with = "Size")]
     pub gap: Spanned<Size>,
 }

@@ -176,6 +176,15 @@ pub fn efi_memory_map(plan: &Plan) -> Vec<u8> {
     bytes
 }
 
+/// Bytes as lines of 16: offset, then hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    let line = |(row, bytes): (usize, &[u8])| {
+        let hex: String = bytes.iter().map(|byte| format!(" {byte:02x}")).collect();
+        format!("{:06x}:{hex}\n", row * 16)
+    };
+    bytes.chunks(16).enumerate().map(line).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -150,7 +150,8 @@ fn required(table: &Path) -> &'static str {
     let name = table.0.first().map_or("", String::as_str);
     match name.split('[').next().unwrap_or_default() {
         "" => "a machine needs a name, such as name = \"two-gpu\"",
-        "cpu" => "a [[cpu]] table needs cpus and memory",
+        "cpu" => "a [[cpu]] table needs cpus",
+        "memory" => "a [[memory]] table needs memory and cpu",
         "gpu" => "a [[gpu]] table needs hbm and cpu",
         "link" => "a [[link]] table needs from and to",
         _ => "a [[source]] table needs value, mark and from",

@@ -9,16 +9,31 @@ pub struct Preset {
     pub source: &'static str,
 }
 
+/// Presets by file name.
+macro_rules! presets {
+    ($($name:literal),* $(,)?) => {
+        &[$(Preset {
+            name: $name,
+            source: include_str!(concat!("../presets/", $name, ".toml")),
+        }),*]
+    };
+}
+
 /// All presets.
-pub const ALL: &[Preset] = &[
-    Preset {
-        name: "two-gpu",
-        source: include_str!("../presets/two-gpu.toml"),
-    },
-    Preset {
-        name: "frontier-node",
-        source: include_str!("../presets/frontier-node.toml"),
-    },
+pub const ALL: &[Preset] = presets![
+    "two-gpu",
+    "frontier-node",
+    "frontier",
+    "mi300a-x4",
+    "mi300x-x8",
+    "mi325x-x8",
+    "mi355x-x8",
+    "gh200-480",
+    "gh200-480-slit11",
+    "gh200-x4",
+    "gb200-nvl4",
+    "gb300-nvl4",
+    "xeon-max-flat",
 ];
 
 /// The preset of this name.

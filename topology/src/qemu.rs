@@ -6,7 +6,10 @@
 use thiserror::Error;
 
 use crate::linux::{self, BootPath};
-use crate::plan::{NodeKind, OVMF_MAX_RANGES, Plan, backend_names};
+use crate::machine::Exposure;
+use crate::plan::{Gpu, OVMF_MAX_RANGES, Plan, backend_names};
+use crate::platform::PCI_HOLE64;
+use crate::predict::{QBOOT_MAX_RANGES, root_slot};
 use crate::render::text::cpu_list;
 use crate::size::MIB;
 
@@ -30,7 +33,7 @@ pub struct Host {
     pub initrd: Option<String>,
     /// Further kernel arguments.
     pub append: String,
-    /// File of every HBM range, in order.
+    /// File of every soft-reserved HBM range, in order.
     pub hbm: Vec<String>,
     /// Socket of every GPU, in order.
     pub sockets: Vec<String>,
@@ -48,17 +51,20 @@ impl Host {
         Host {
             boot,
             accel: "tcg".to_owned(),
-            firmware: (boot == BootPath::Ovmf).then(|| "OVMF.fd".to_owned()),
+            firmware: match boot {
+                BootPath::Ovmf => Some("OVMF.fd".to_owned()),
+                BootPath::Qboot => Some("qboot.rom".to_owned()),
+                BootPath::SeaBios | BootPath::Direct => None,
+            },
             kernel: "vmlinuz".to_owned(),
             initrd: Some("initrd.img".to_owned()),
             append: "console=ttyS0".to_owned(),
             hbm: plan
                 .gpus
                 .iter()
-                .flat_map(|gpu| {
-                    (0..gpu.hbm.len())
-                        .map(move |part| format!("{hbm_dir}/{}", Plan::hbm_file(gpu, part)))
-                })
+                .filter(|gpu| gpu.exposure == Exposure::Spm)
+                .flat_map(Plan::hbm_files)
+                .map(|(name, _)| format!("{hbm_dir}/{name}"))
                 .collect(),
             sockets: plan
                 .gpus
@@ -89,6 +95,19 @@ pub enum QemuError {
         /// HBM ranges of the machine.
         ranges: usize,
     },
+    /// More soft-reserved ranges than the zero page has room for.
+    #[error(
+        "qboot hands {QBOOT_MAX_RANGES} HBM ranges to the kernel and the machine has {ranges}: use SeaBIOS (--firmware seabios)"
+    )]
+    TooManyEntries {
+        /// HBM ranges of the machine.
+        ranges: usize,
+    },
+    /// A way of booting that is not QEMU's.
+    #[error(
+        "direct boot hands the plan's own tables to the kernel, and QEMU writes its own: use --boot ovmf, seabios or qboot"
+    )]
+    Direct,
     /// More expander bridges than slots.
     #[error("q35 has room for {MAX_EXPANDERS} expander bridges and the machine has {gpus} GPUs")]
     TooManyGpus {
@@ -129,8 +148,15 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
         return Err(QemuError::TooManyNodes { nodes });
     }
     let ranges = plan.hbm().count();
-    if host.boot == BootPath::Ovmf && ranges > OVMF_MAX_RANGES {
-        return Err(QemuError::TooManyRanges { ranges });
+    match host.boot {
+        BootPath::Ovmf if ranges > OVMF_MAX_RANGES => {
+            return Err(QemuError::TooManyRanges { ranges });
+        }
+        BootPath::Qboot if ranges > QBOOT_MAX_RANGES => {
+            return Err(QemuError::TooManyEntries { ranges });
+        }
+        BootPath::Direct => return Err(QemuError::Direct),
+        BootPath::Ovmf | BootPath::SeaBios | BootPath::Qboot => {}
     }
     if plan.gpus.len() > MAX_EXPANDERS {
         return Err(QemuError::TooManyGpus {
@@ -152,7 +178,14 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
     let mut args: Vec<String> = Vec::new();
     let mut arg = |option: &str, value: String| args.extend([option.to_owned(), value]);
 
-    arg("-machine", "q35,usb=off,vmport=off".to_owned());
+    let below_4g = plan.holes.below_4g;
+    let below_4g = below_4g.map(|size| format!(",max-ram-below-4g={size}"));
+    let below_4g = below_4g.unwrap_or_default();
+    arg("-machine", format!("q35,usb=off,vmport=off{below_4g}"));
+    if plan.holes.pci_hole64 != PCI_HOLE64 {
+        let size = plan.holes.pci_hole64;
+        arg("-global", format!("q35-pcihost.pci-hole64-size={size}"));
+    }
     let thread = if host.accel == "tcg" {
         ",thread=multi"
     } else {
@@ -160,7 +193,16 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
     };
     arg("-accel", format!("{}{thread}", host.accel));
     let cpu = if host.accel == "kvm" { "host" } else { "max" };
-    arg("-cpu", format!("{cpu},phys-bits={}", plan.phys_bits));
+    // QEMU keeps AMD's range free for CPUs that say they are AMD's, as those of its own emulation do.
+    let vendor = if plan.holes.amd {
+        ""
+    } else {
+        ",vendor=GenuineIntel"
+    };
+    arg(
+        "-cpu",
+        format!("{cpu},phys-bits={}{vendor}", plan.phys_bits),
+    );
     arg("-smp", cpus(plan));
     arg(
         "-m",
@@ -171,27 +213,29 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
         ),
     );
 
-    let cpu_nodes: Vec<_> = plan
-        .nodes
-        .iter()
-        .filter(|node| node.kind == NodeKind::Cpu)
-        .collect();
-    let backends = backend_names(cpu_nodes.len(), ranges);
-    let (ram_names, hbm_names) = backends.split_at(cpu_nodes.len().min(backends.len()));
-    for (node, name) in cpu_nodes.iter().zip(ram_names) {
+    let ram_nodes: Vec<_> = plan.ram_nodes().collect();
+    let backends = backend_names(ram_nodes.len(), ranges);
+    let (ram_names, hbm_names) = backends.split_at(ram_nodes.len().min(backends.len()));
+    for (node, name) in ram_nodes.iter().zip(ram_names) {
         let size: u64 = node.ranges.iter().map(|range| range.size).sum();
         arg(
             "-object",
             format!("memory-backend-memfd,id={name},size={},share=on", mib(size)),
         );
     }
-    for ((hbm, name), path) in plan.hbm().zip(hbm_names).zip(&host.hbm) {
+    let spm = |gpu: &&Gpu| gpu.exposure == Exposure::Spm;
+    let owners = plan.gpus.iter().filter(spm);
+    let hbm = owners.flat_map(|gpu| gpu.hbm.iter().map(move |hbm| (gpu, hbm)));
+    for (((gpu, hbm), name), path) in hbm.zip(hbm_names).zip(&host.hbm) {
         let path = path.replace(',', ",,");
+        let node = gpu.host_node;
+        let node = node.map(|node| format!(",host-nodes={node},policy=bind"));
         arg(
             "-object",
             format!(
-                "memory-backend-file,id={name},mem-path={path},size={},share=on",
-                mib(hbm.size)
+                "memory-backend-file,id={name},mem-path={path},size={},share=on{}",
+                mib(hbm.size),
+                node.unwrap_or_default()
             ),
         );
     }
@@ -201,7 +245,7 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
             .filter(|run| !run.is_empty())
             .map(|run| format!(",cpus={run}"))
             .collect();
-        let position = cpu_nodes.iter().position(|cpu| cpu.pxm == node.pxm);
+        let position = ram_nodes.iter().position(|ram| ram.pxm == node.pxm);
         let memory = position
             .and_then(|i| ram_names.get(i))
             .map(|name| format!(",memdev={name}"))
@@ -214,45 +258,47 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
         }
     }
     for (index, (hbm, name)) in plan.hbm().zip(hbm_names).enumerate() {
+        let (node, base) = (hbm.pxm.unwrap_or_default(), hbm.base);
         arg(
             "-device",
-            format!(
-                "sp-mem,id=sp{index},memdev={name},node={},addr={:#x}",
-                hbm.pxm, hbm.base
-            ),
+            format!("sp-mem,id=sp{index},memdev={name},node={node},addr={base:#x}"),
         );
     }
     for (gpu, socket) in plan.gpus.iter().zip(&host.sockets) {
-        let i = gpu.index;
-        let (slot, expander) = (i + 2, gpu.bus.saturating_sub(1));
-        arg(
-            "-device",
-            format!(
-                "pxb-pcie,id=pxb{i},bus=pcie.0,addr={slot:#x},bus_nr={expander},numa_node={}",
-                gpu.pci_pxm
-            ),
-        );
-        arg(
-            "-device",
-            format!(
-                "pcie-root-port,id=rp{i},bus=pxb{i},chassis={},slot=0",
-                i + 1
-            ),
-        );
-        let device = serde_json::json!({
+        let (i, slot) = (gpu.index, root_slot(gpu));
+        let mut device = serde_json::json!({
             "driver": "vfio-user-pci",
             "id": format!("gpu{i}"),
-            "bus": format!("rp{i}"),
+            "bus": "pcie.0",
+            "addr": format!("{slot:#x}"),
             "socket": { "type": "unix", "path": socket },
         });
+        if host.boot != BootPath::Qboot {
+            let (expander, node) = (gpu.bus.saturating_sub(1), gpu.pci_pxm);
+            arg(
+                "-device",
+                format!(
+                    "pxb-pcie,id=pxb{i},bus=pcie.0,addr={slot:#x},bus_nr={expander},numa_node={node}"
+                ),
+            );
+            let chassis = i + 1;
+            arg(
+                "-device",
+                format!("pcie-root-port,id=rp{i},bus=pxb{i},chassis={chassis},slot=0"),
+            );
+            if let Some(device) = device.as_object_mut() {
+                device.insert("bus".to_owned(), format!("rp{i}").into());
+                device.remove("addr");
+            }
+        }
         arg("-device", device.to_string());
-        for hbm in &gpu.hbm {
-            if let Some(name) = &hbm.initiator {
+        for domain in &gpu.domains {
+            if let Some(name) = &domain.initiator {
                 arg(
                     "-object",
                     format!(
                         "acpi-generic-initiator,id={name},pci-dev=gpu{i},node={}",
-                        hbm.pxm
+                        domain.pxm
                     ),
                 );
             }

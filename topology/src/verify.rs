@@ -2,7 +2,10 @@
 
 use serde::Serialize;
 
-use crate::plan::{NodeKind, Plan};
+use crate::linux::BootPath;
+use crate::machine::Exposure;
+use crate::plan::{Gpu, Hbm, NodeKind, Plan};
+use crate::predict::{Prediction, predict};
 use crate::ranges::Range;
 use crate::seen::{Report, steps};
 use crate::size::{MIB, Size};
@@ -69,6 +72,11 @@ fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     }
 }
 
+/// A proximity domain, or that there is none.
+fn domain(pxm: Option<u32>) -> String {
+    pxm.map_or("no PXM".to_owned(), |pxm| format!("PXM {pxm}"))
+}
+
 /// All of what should be one: more than one is as wrong as none.
 fn each(items: impl Iterator<Item = String>) -> String {
     let items: Vec<String> = items.collect();
@@ -79,13 +87,14 @@ fn each(items: impl Iterator<Item = String>) -> String {
     }
 }
 
-/// Compares a report with the plan. Every fact is listed, whether it holds or not.
-pub fn verify(plan: &Plan, report: &Report) -> Vec<Fact> {
+/// Compares a report of a guest that booted this way with the plan. Every fact is listed, whether it holds or not.
+pub fn verify(plan: &Plan, boot: BootPath, report: &Report) -> Vec<Fact> {
+    let prediction = predict(plan, boot);
     let mut facts = Vec::new();
-    memory_map(plan, report, &mut facts);
-    nodes(plan, report, &mut facts);
-    dax(plan, report, &mut facts);
-    gpus(plan, report, &mut facts);
+    memory_map(plan, &prediction, report, &mut facts);
+    nodes(plan, &prediction, report, &mut facts);
+    dax(plan, &prediction, report, &mut facts);
+    gpus(plan, &prediction, report, &mut facts);
     totals(plan, report, &mut facts);
     let problems = if report.problems.is_empty() {
         "none".to_owned()
@@ -100,36 +109,37 @@ pub fn verify(plan: &Plan, report: &Report) -> Vec<Fact> {
     facts
 }
 
-fn memory_map(plan: &Plan, report: &Report, facts: &mut Vec<Fact>) {
-    let mut planned = plan.hbm_ranges();
-    planned.sort();
+fn memory_map(plan: &Plan, prediction: &Prediction, report: &Report, facts: &mut Vec<Fact>) {
     facts.push(Fact::equal(
         "E820 soft-reserved entries",
-        &planned.len(),
+        &prediction.soft_reserved.len(),
         &report.soft_reserved.len(),
     ));
-    for gpu in &plan.gpus {
+    let spm = |gpu: &&Gpu| gpu.exposure == Exposure::Spm;
+    for gpu in plan.gpus.iter().filter(spm) {
         for (partition, hbm) in gpu.hbm.iter().enumerate() {
-            let seen = report
-                .soft_reserved
-                .iter()
-                .filter(|range| range.overlaps(&hbm.range()));
+            let range = hbm.range();
+            let of = |ranges: &[Range]| {
+                let overlapping = ranges.iter().filter(|other| other.overlaps(&range));
+                each(overlapping.map(|other| range_text(*other)))
+            };
             facts.push(Fact::text(
                 format!("E820 {} partition {partition}", gpu.id),
-                range_text(hbm.range()),
-                each(seen.map(|range| range_text(*range))),
+                of(&prediction.soft_reserved),
+                of(&report.soft_reserved),
             ));
             let entries = report
                 .srat_memory
                 .iter()
-                .filter(|entry| !entry.hotplug && entry.range.overlaps(&hbm.range()));
+                .filter(|entry| !entry.hotplug && entry.range.overlaps(&range));
             facts.push(Fact::text(
                 format!("SRAT {} partition {partition}", gpu.id),
-                format!("PXM {} {}", hbm.pxm, range_text(hbm.range())),
+                format!("{} {}", domain(hbm.pxm), range_text(range)),
                 each(entries.map(|entry| format!("PXM {} {}", entry.pxm, range_text(entry.range)))),
             ));
         }
     }
+    let planned = plan.hbm_ranges();
     let overlapping = report
         .usable
         .iter()
@@ -147,39 +157,20 @@ fn memory_map(plan: &Plan, report: &Report, facts: &mut Vec<Fact>) {
     ));
 }
 
-fn nodes(plan: &Plan, report: &Report, facts: &mut Vec<Fact>) {
-    let mut online: Vec<u32> = plan
-        .nodes
-        .iter()
-        .filter(|node| node.online)
-        .map(|node| node.linux_node)
-        .collect();
-    online.sort_unstable();
+fn nodes(plan: &Plan, prediction: &Prediction, report: &Report, facts: &mut Vec<Fact>) {
     facts.push(Fact::text(
         "online nodes",
-        list(&online),
+        list(&prediction.online),
         list(&report.nodes_online),
     ));
-    let possible = plan
-        .nodes
-        .iter()
-        .all(|node| report.nodes_possible.contains(&node.linux_node));
-    facts.push(Fact::check(
+    facts.push(Fact::text(
         "possible nodes",
-        format!("0 to {}", plan.nodes.len().saturating_sub(1)),
+        list(&prediction.possible),
         list(&report.nodes_possible),
-        possible && report.nodes_possible.len() == plan.nodes.len(),
     ));
-    let initiators: Vec<u32> = plan
-        .hbm()
-        .filter(|hbm| hbm.initiator.is_some())
-        .filter_map(|hbm| plan.linux_node(hbm.pxm))
-        .collect();
-    let mut sorted = initiators.clone();
-    sorted.sort_unstable();
     facts.push(Fact::text(
         "nodes with a Generic Initiator",
-        list(&sorted),
+        list(&prediction.initiators),
         list(&report.nodes_initiator),
     ));
     let rows = |matrix: &[Vec<u8>]| list(matrix.iter().map(|row| format!("[{}]", list(row))));
@@ -213,61 +204,86 @@ fn nodes(plan: &Plan, report: &Report, facts: &mut Vec<Fact>) {
                 )
             }),
         ));
-        if node.kind == NodeKind::Hbm {
+        let soft_reserved = node.kind == NodeKind::Hbm && node.gpu.is_some();
+        let what = format!("node {} page-allocator memory", node.linux_node);
+        if soft_reserved {
             facts.push(Fact::text(
-                format!("node {} page-allocator memory in KiB", node.linux_node),
-                "0".to_owned(),
+                what,
+                "0 KiB".to_owned(),
                 seen.map_or("not online".to_owned(), |seen| {
-                    seen.mem_total_kib.to_string()
+                    format!("{} KiB", seen.mem_total_kib)
                 }),
+            ));
+        } else {
+            let planned = node.ranges.iter().map(|range| range.size).sum::<u64>() / 1024;
+            facts.push(Fact::check(
+                what,
+                format!("at most {} MiB, its RAM", planned / 1024),
+                seen.map_or("not online".to_owned(), |seen| {
+                    format!("{} MiB", seen.mem_total_kib / 1024)
+                }),
+                // A kernel keeps some for itself, mostly of the first node.
+                seen.is_some_and(|s| s.mem_total_kib <= planned && s.mem_total_kib >= planned / 4),
             ));
         }
     }
 }
 
-fn dax(plan: &Plan, report: &Report, facts: &mut Vec<Fact>) {
-    use crate::machine::Driver;
-    let user = plan.guest.driver == Driver::User;
-    let expected = if user { plan.hbm().count() } else { 0 };
-    facts.push(Fact::equal("dax devices", &expected, &report.dax.len()));
-    if !user {
-        return;
-    }
-    for gpu in &plan.gpus {
-        for (partition, hbm) in gpu.hbm.iter().enumerate() {
-            let seen = report.dax.iter().find(|dax| dax.region == hbm.range());
-            let node = plan.linux_node(hbm.pxm).unwrap_or(u32::MAX);
-            facts.push(Fact::text(
-                format!("dax of {} partition {partition}", gpu.id),
+fn dax(plan: &Plan, prediction: &Prediction, report: &Report, facts: &mut Vec<Fact>) {
+    facts.push(Fact::equal(
+        "dax devices",
+        &prediction.dax.len(),
+        &report.dax.len(),
+    ));
+    for dax in &prediction.dax {
+        let seen = report
+            .dax
+            .iter()
+            .find(|seen| seen.region.base == dax.range.base);
+        let owner = plan.gpus.iter().find(|gpu| {
+            let own = |hbm: &Hbm| hbm.base == dax.range.base;
+            gpu.exposure == Exposure::Spm && gpu.hbm.iter().any(own)
+        });
+        let partition = owner.and_then(|gpu| gpu.hbm.iter().position(|h| h.base == dax.range.base));
+        facts.push(Fact::text(
+            format!(
+                "dax of {} partition {}",
+                owner.map_or("no GPU", |gpu| &gpu.id),
+                partition.unwrap_or_default()
+            ),
+            format!(
+                "{} target node {} near node {} driver device_dax",
+                range_text(dax.range),
+                dax.target_node,
+                dax.numa_node
+            ),
+            seen.map_or("none".to_owned(), |seen| {
+                let range = Range {
+                    base: seen.region.base,
+                    size: seen.size,
+                };
                 format!(
-                    "{} target node {node} driver device_dax",
-                    range_text(hbm.range())
-                ),
-                seen.map_or("none".to_owned(), |dax| {
-                    let range = Range {
-                        base: dax.region.base,
-                        size: dax.size,
-                    };
-                    format!(
-                        "{} target node {} driver {}",
-                        range_text(range),
-                        dax.target_node,
-                        dax.driver
-                    )
-                }),
-            ));
-        }
+                    "{} target node {} near node {} driver {}",
+                    range_text(range),
+                    seen.target_node,
+                    seen.numa_node,
+                    seen.driver
+                )
+            }),
+        ));
     }
 }
 
-fn gpus(plan: &Plan, report: &Report, facts: &mut Vec<Fact>) {
+fn gpus(plan: &Plan, prediction: &Prediction, report: &Report, facts: &mut Vec<Fact>) {
     facts.push(Fact::equal("GPUs", &plan.gpus.len(), &report.gpus.len()));
-    for gpu in &plan.gpus {
+    for (gpu, function) in plan.gpus.iter().zip(&prediction.functions) {
         let seen = report.gpus.iter().find(|seen| seen.index == gpu.index);
-        let node = plan.linux_node(gpu.pci_pxm).unwrap_or(u32::MAX);
+        let node = function
+            .node
+            .map_or("-1".to_owned(), |node| node.to_string());
         facts.push(Fact::text(
             format!("{} PCI function", gpu.id),
-            format!("{} class 1200 node {node}", gpu.bdf),
+            format!("{} class 1200 node {node}", function.bdf),
             seen.map_or("none".to_owned(), |seen| {
                 format!(
                     "{} class {:04x} node {}",
@@ -307,18 +323,32 @@ fn gpus(plan: &Plan, report: &Report, facts: &mut Vec<Fact>) {
                 )
             }),
         ));
+        // HBM that is RAM is nothing that the device has.
+        let owned = match gpu.exposure {
+            Exposure::Ram => &[][..],
+            Exposure::Spm | Exposure::Bar | Exposure::Private => &gpu.hbm[..],
+        };
         facts.push(Fact::text(
             format!("{} partitions", gpu.id),
-            gpu.hbm.len().to_string(),
+            owned.len().to_string(),
             seen.map_or("none".to_owned(), |seen| seen.partitions.len().to_string()),
         ));
-        for (partition, hbm) in gpu.hbm.iter().enumerate() {
+        let coherence = match gpu.aperture {
+            Some(_) => "Aperture",
+            None => "Coherent",
+        };
+        for (partition, hbm) in owned.iter().enumerate() {
             let registers = seen.and_then(|seen| seen.partitions.get(partition));
             facts.push(Fact::text(
                 format!("{} partition {partition} registers", gpu.id),
-                format!("{} PXM {} Coherent", range_text(hbm.range()), hbm.pxm),
+                format!(
+                    "{} {} {coherence}",
+                    range_text(hbm.range()),
+                    domain(hbm.pxm)
+                ),
                 registers.map_or("none".to_owned(), |p| {
-                    format!("{} PXM {} {}", range_text(p.range), p.pxm, p.coherence)
+                    let pxm = Some(p.pxm).filter(|pxm| *pxm != u32::MAX);
+                    format!("{} {} {}", range_text(p.range), domain(pxm), p.coherence)
                 }),
             ));
         }

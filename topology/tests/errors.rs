@@ -93,7 +93,7 @@ fn the_good_machine_is_good() {
 #[test]
 fn every_bad_machine_is_told_where_and_what_and_what_would_fit() {
     let mut report = String::new();
-    for (name, spoil, error_text, help) in rows() {
+    for (name, spoil, error_text, help) in rows().into_iter().chain(exposure_rows()) {
         let expected = match help {
             "" => error_text.to_owned(),
             help => format!("{error_text}\n  help: {help}"),
@@ -210,19 +210,19 @@ fn rows() -> Vec<(&'static str, Spoil, &'static str, &'static str)> {
             "unknown key at the top",
             Replace("name = \"m\"", "name = \"m\"\nhosts = 1"),
             "machine.toml:2: hosts: there is no such key",
-            "the top level takes name, description, matches, cpu, gpu, link, distances, limits, placement, guest, source",
+            "the top level takes name, description, matches, cpu, memory, gpu, link, distances, limits, placement, backing, guest, source",
         ),
         (
             "unknown table",
             Add("[timing]\nmode = \"off\"\n"),
             "machine.toml:35: timing: there is no such key",
-            "the top level takes name, description, matches, cpu, gpu, link, distances, limits, placement, guest, source",
+            "the top level takes name, description, matches, cpu, memory, gpu, link, distances, limits, placement, backing, guest, source",
         ),
         (
             "unknown key in the second gpu",
             Replace("partitions = 2", "partition = 2"),
             "machine.toml:18: gpu[1].partition: there is no such key",
-            "[[gpu]] takes id, hbm, partitions, hbm_latency_ns, hbm_bandwidth_mbs, cpu, exposure, pci_node, generic_initiator, base, bus",
+            "[[gpu]] takes id, hbm, partitions, domains, aperture, hbm_latency_ns, hbm_bandwidth_mbs, cpu, exposure, pci_node, generic_initiator, base, bus, host_node",
         ),
         (
             "unknown key in a table",
@@ -233,8 +233,8 @@ fn rows() -> Vec<(&'static str, Spoil, &'static str, &'static str)> {
         (
             "missing key in the second cpu",
             Replace("memory = \"1GiB\"", ""),
-            "machine.toml:7: cpu[1]: `memory` is missing",
-            "a [[cpu]] table needs cpus and memory",
+            "machine.toml:7: cpu[1].memory: is not given, and no GPU with exposure `ram` brings the node's memory",
+            r#"memory = "1GiB", or a GPU with exposure = "ram" and cpu = 1"#,
         ),
         (
             "missing key in a gpu",
@@ -510,12 +510,6 @@ fn rows() -> Vec<(&'static str, Spoil, &'static str, &'static str)> {
             "",
         ),
         (
-            "exposure of another version",
-            Replace("cpu = 1", "cpu = 1\nexposure = \"bar\""),
-            "machine.toml:20: gpu[1].exposure: exposure `bar` cannot be planned by this version",
-            "`spm` can: soft-reserved memory with a proximity domain of its own",
-        ),
-        (
             "pci node offline",
             Replace("cpu = 1", "cpu = 1\npci_node = \"hbm\""),
             "machine.toml:20: gpu[1].pci_node: is `hbm`, but without a Generic Initiator that node is not online when Linux boots",
@@ -543,13 +537,13 @@ fn rows() -> Vec<(&'static str, Spoil, &'static str, &'static str)> {
             "too many gpus",
             gpus(1024),
             "machine.toml:4097: gpu[1023]: is proximity domain 1025, and Linux has at most 1024 nodes (NODES_SHIFT=10)",
-            "each CPU node and each HBM partition is one",
+            "each CPU node, memory node and HBM partition is one",
         ),
         (
             "too many cpu nodes",
             cpus(1025),
             "machine.toml:3074: cpu[1024]: is proximity domain 1025, and Linux has at most 1024 nodes (NODES_SHIFT=10)",
-            "each CPU node and each HBM partition is one",
+            "each CPU node, memory node and HBM partition is one",
         ),
         // Links.
         (
@@ -617,13 +611,13 @@ fn rows() -> Vec<(&'static str, Spoil, &'static str, &'static str)> {
             "matrix with too few rows",
             Replace("cpu_cpu = 20", "matrix = [[10]]"),
             "machine.toml:27: distances.matrix: has 1 row(s) for 5 nodes",
-            "5 rows of 5: one for each CPU node, then one for each HBM partition",
+            "5 rows of 5: one for each CPU node, memory node and HBM domain, in this order",
         ),
         (
             "matrix with a short row",
             Replace("cpu_cpu = 20", "matrix = [[10, 20], [], [], [], []]"),
             "machine.toml:27: distances.matrix: row 0 has 2 value(s) for 5 nodes",
-            "5 rows of 5: one for each CPU node, then one for each HBM partition",
+            "5 rows of 5: one for each CPU node, memory node and HBM domain, in this order",
         ),
         (
             "matrix with a wrong diagonal",
@@ -741,22 +735,16 @@ fn rows() -> Vec<(&'static str, Spoil, &'static str, &'static str)> {
             "",
         ),
         (
-            "no gap",
-            Replace("gap = \"2GiB\"", "gap = 0"),
-            "machine.toml:34: placement.gap: 0 B is not a multiple of 2 MiB from 2 MiB to 64 TiB",
-            "firmware merges ranges that touch, and credits one GPU's HBM to another",
-        ),
-        (
             "odd gap",
             Replace("gap = \"2GiB\"", "gap = \"3MiB\""),
-            "machine.toml:34: placement.gap: 3 MiB is not a multiple of 2 MiB from 2 MiB to 64 TiB",
-            "firmware merges ranges that touch, and credits one GPU's HBM to another",
+            "machine.toml:34: placement.gap: 3 MiB is not a multiple of 2 MiB up to 64 TiB",
+            "2GiB is the default; 0 puts ranges side by side, which OVMF merges",
         ),
         (
             "huge gap",
             Replace("gap = \"2GiB\"", "gap = \"65TiB\""),
-            "machine.toml:34: placement.gap: 65 TiB is not a multiple of 2 MiB from 2 MiB to 64 TiB",
-            "firmware merges ranges that touch, and credits one GPU's HBM to another",
+            "machine.toml:34: placement.gap: 65 TiB is not a multiple of 2 MiB up to 64 TiB",
+            "2GiB is the default; 0 puts ranges side by side, which OVMF merges",
         ),
         (
             "align is no power of two",
@@ -775,6 +763,218 @@ fn rows() -> Vec<(&'static str, Spoil, &'static str, &'static str)> {
             Replace("align = \"2GiB\"", "align = \"8388608TiB\""),
             "machine.toml:17: gpu[1].hbm: 0x100000000 bytes aligned to 0x8000000000000000 do not fit between 0x200000000 and 0x10000000000000; the largest free range there has 0xfff0000000000",
             "less HBM, or a smaller placement.align or placement.gap",
+        ),
+    ]
+}
+
+/// Rows of what exposures, memory nodes, holes and backing add.
+#[allow(clippy::too_many_lines, reason = "a table")]
+fn exposure_rows() -> Vec<(&'static str, Spoil, &'static str, &'static str)> {
+    let with = |text: &'static str| Replace("cpu = 1", text);
+    vec![
+        (
+            "a CPU node without memory",
+            Replace("cpus = 2\nmemory = \"1GiB\"", "cpus = 2"),
+            "machine.toml:7: cpu[1].memory: is not given, and no GPU with exposure `ram` brings the node's memory",
+            r#"memory = "1GiB", or a GPU with exposure = "ram" and cpu = 1"#,
+        ),
+        (
+            "base of HBM in a BAR",
+            with("cpu = 1\nexposure = \"bar\"\nbase = \"64GiB\""),
+            "machine.toml:21: gpu[1].base: is for exposure `spm`, and this is `bar`",
+            "leave base out, or change gpu[1].exposure",
+        ),
+        (
+            "base of HBM that is RAM",
+            with("cpu = 1\nexposure = \"ram\"\nbase = \"64GiB\""),
+            "machine.toml:21: gpu[1].base: is for exposure `spm`, and this is `ram`",
+            "leave base out, or change gpu[1].exposure",
+        ),
+        (
+            "partitions of HBM that is RAM",
+            with("cpu = 1\nexposure = \"ram\""),
+            "machine.toml:18: gpu[1].partitions: 2 partitions of HBM that is a CPU node's RAM",
+            "describe each partition as a CPU node with a GPU of its own",
+        ),
+        (
+            "domains of soft-reserved HBM",
+            with("cpu = 1\ndomains = 8"),
+            "machine.toml:20: gpu[1].domains: is for exposure `bar`, and this is `spm`",
+            "leave domains out, or change gpu[1].exposure",
+        ),
+        (
+            "fewer domains than partitions",
+            with("cpu = 1\nexposure = \"bar\"\ndomains = 1"),
+            "machine.toml:21: gpu[1].domains: 1 domain(s); a GPU with 2 partition(s) has 2 to 8",
+            "",
+        ),
+        (
+            "more domains than there can be",
+            with("cpu = 1\nexposure = \"bar\"\ndomains = 9"),
+            "machine.toml:21: gpu[1].domains: 9 domain(s); a GPU with 2 partition(s) has 2 to 8",
+            "",
+        ),
+        (
+            "domains that nobody names",
+            with("cpu = 1\nexposure = \"bar\"\ngeneric_initiator = false"),
+            "machine.toml:21: gpu[1].generic_initiator: is false, but domains without memory are in no table then, and Linux has no node for them",
+            "leave generic_initiator out",
+        ),
+        (
+            "initiator of no domain",
+            with("cpu = 1\nexposure = \"private\"\ngeneric_initiator = true"),
+            "machine.toml:21: gpu[1].generic_initiator: is for exposure `spm` and `bar`, and this is `private`",
+            "leave generic_initiator out, or change gpu[1].exposure",
+        ),
+        (
+            "function on the node of HBM that has none",
+            with("cpu = 1\nexposure = \"private\"\npci_node = \"hbm\""),
+            "machine.toml:21: gpu[1].pci_node: is `hbm`, but HBM with exposure `private` has no node of its own",
+            r#"pci_node = "cpu""#,
+        ),
+        (
+            "aperture of soft-reserved HBM",
+            with("cpu = 1\naperture = \"8GiB\""),
+            "machine.toml:20: gpu[1].aperture: is for exposure `bar` and `private`, and this is `spm`",
+            "leave aperture out, or change gpu[1].exposure",
+        ),
+        (
+            "aperture smaller than the HBM",
+            with("cpu = 1\nexposure = \"bar\"\naperture = \"4GiB\""),
+            "machine.toml:21: gpu[1].aperture: 4 GiB is not a power of two from 8 GiB, the HBM, to 8 TiB",
+            "8 GiB would fit",
+        ),
+        (
+            "aperture that is no power of two",
+            with("cpu = 1\nexposure = \"private\"\naperture = \"12GiB\""),
+            "machine.toml:21: gpu[1].aperture: 12 GiB is not a power of two from 8 GiB, the HBM, to 8 TiB",
+            "8 GiB would fit",
+        ),
+        (
+            "HBM that no BAR holds",
+            ReplaceAll(&[
+                ("cpu = 1", "cpu = 1\nexposure = \"private\""),
+                ("8GiB", "10TiB"),
+            ]),
+            "machine.toml:17: gpu[1].hbm: needs an aperture of 16 TiB; a BAR of at most 8 TiB can be planned",
+            "",
+        ),
+        (
+            "host node of HBM in a BAR",
+            with("cpu = 1\nexposure = \"bar\"\nhost_node = 0"),
+            "machine.toml:21: gpu[1].host_node: is for exposure `spm`, and this is `bar`",
+            "leave host_node out, or change gpu[1].exposure",
+        ),
+        (
+            "host node that cannot be",
+            with("cpu = 1\nhost_node = 1024"),
+            "machine.toml:20: gpu[1].host_node: there is no host node 1024; Linux has at most 1024",
+            "",
+        ),
+        (
+            "memory node next to nothing",
+            Add("[[memory]]\nmemory = \"1GiB\"\ncpu = 2\n"),
+            "machine.toml:37: memory[0].cpu: there is no CPU node 2; the machine has 2",
+            "they are numbered 0 to 1, in the order of the [[cpu]] tables",
+        ),
+        (
+            "memory node without memory",
+            Add("[[memory]]\nmemory = 0\ncpu = 1\n"),
+            "machine.toml:36: memory[0].memory: 0 bytes is not a positive multiple of 2 MiB",
+            "2 MiB would fit",
+        ),
+        (
+            "memory node without a CPU node",
+            Add("[[memory]]\nmemory = \"1GiB\"\n"),
+            "machine.toml:35: memory[0]: `cpu` is missing",
+            "a [[memory]] table needs memory and cpu",
+        ),
+        (
+            "more RAM than can be, with HBM",
+            ReplaceAll(&[
+                ("cpu = 0", "cpu = 0\nexposure = \"ram\""),
+                ("4GiB", "64TiB"),
+            ]),
+            "machine.toml:12: gpu[0].hbm: brings the machine's RAM to 65538 GiB; at most 64 TiB can be planned",
+            "",
+        ),
+        (
+            "PCI hole that leaves no RAM",
+            Replace("phys_bits = 40", "phys_bits = 40\npci_hole = \"128MiB\""),
+            "machine.toml:31: limits.pci_hole: 128 MiB is not a multiple of 2 MiB from 256 MiB to 2816 MiB",
+            "the hole ends at 4 GiB; RAM that it displaces goes above that",
+        ),
+        (
+            "PCI hole that is none",
+            Replace("phys_bits = 40", "phys_bits = 40\npci_hole = \"4GiB\""),
+            "machine.toml:31: limits.pci_hole: 4 GiB is not a multiple of 2 MiB from 256 MiB to 2816 MiB",
+            "the hole ends at 4 GiB; RAM that it displaces goes above that",
+        ),
+        (
+            "64-bit PCI hole of odd size",
+            Replace("phys_bits = 40", "phys_bits = 40\npci_hole64 = \"512MiB\""),
+            "machine.toml:31: limits.pci_hole64: 512 MiB is not a multiple of 1 GiB up to 512 TiB",
+            "",
+        ),
+        (
+            "64-bit PCI hole that does not hold the apertures",
+            ReplaceAll(&[
+                ("cpu = 1", "cpu = 1\nexposure = \"bar\""),
+                ("phys_bits = 40", "phys_bits = 40\npci_hole64 = \"16GiB\""),
+            ]),
+            "machine.toml:32: limits.pci_hole64: 16 GiB does not hold 1 HBM aperture(s), each aligned to its size",
+            "48 GiB would fit",
+        ),
+        (
+            "apertures beyond the address bits",
+            ReplaceAll(&[
+                ("cpu = 1", "cpu = 1\nexposure = \"private\""),
+                ("8GiB", "600GiB"),
+            ]),
+            "machine.toml:31: limits.phys_bits: RAM, 4 GiB of HBM in 1 range(s) and the PCI window of 2080 GiB behind them end at 0x30900000000, but 40 address bits end at 0x10000000000",
+            "limits.phys_bits = 42 would fit",
+        ),
+        (
+            "kind of backing",
+            Add("[backing]\nkind = \"disk\"\n"),
+            "machine.toml:36: backing.kind: `disk` is not known",
+            "it is one of memfd, hugetlb, file",
+        ),
+        (
+            "directory of memory files",
+            Add("[backing]\ndirectory = \"/dev/shm\"\n"),
+            "machine.toml:36: backing.directory: is for kind `file` only",
+            r#"kind = "file", or leave directory out"#,
+        ),
+        (
+            "empty directory",
+            Add("[backing]\nkind = \"file\"\ndirectory = \"\"\n"),
+            "machine.toml:37: backing.directory: is empty",
+            r#"a directory such as "/dev/shm""#,
+        ),
+        (
+            "page of memory files",
+            Add("[backing]\npage = \"2MiB\"\n"),
+            "machine.toml:36: backing.page: is for kind `hugetlb` only",
+            r#"kind = "hugetlb", or leave page out"#,
+        ),
+        (
+            "page that no processor has",
+            Add("[backing]\nkind = \"hugetlb\"\npage = \"4MiB\"\n"),
+            "machine.toml:37: backing.page: 4 MiB is not a huge page of x86-64",
+            "2MiB or 1GiB",
+        ),
+        (
+            "HBM that is not whole huge pages",
+            ReplaceAll(&[
+                (
+                    "gap = \"2GiB\"",
+                    "gap = \"2GiB\"\n[backing]\nkind = \"hugetlb\"\npage = \"1GiB\"",
+                ),
+                ("8GiB", "3GiB"),
+            ]),
+            "machine.toml:17: gpu[1].hbm: partitions of 1536 MiB are not made of huge pages of 1 GiB",
+            "4 GiB would fit",
         ),
     ]
 }

@@ -27,19 +27,35 @@ fn kernel_arguments(plan: &Plan) -> String {
         .concat()
 }
 
+/// Presets whose pictures are kept too: one of each shape. Those of the others are as long as they are alike.
+const PICTURED: [&str; 6] = [
+    "two-gpu",
+    "frontier-node",
+    "mi300a-x4",
+    "mi300x-x8",
+    "gh200-480",
+    "xeon-max-flat",
+];
+
 /// Output by the ending of its file.
-fn outputs(plan: &Plan) -> [(&'static str, String); 9] {
-    [
-        ("text", render::text(plan)),
+fn outputs(plan: &Plan) -> Vec<(&'static str, String)> {
+    let mut all = vec![
+        ("text", render::text(plan, BootPath::Ovmf)),
         ("json", render::json(plan).unwrap()),
         ("e820", render::e820(plan)),
         ("qemu", command_line(plan, BootPath::Ovmf)),
         ("seabios.qemu", command_line(plan, BootPath::SeaBios)),
+        ("qboot.qemu", command_line(plan, BootPath::Qboot)),
         ("cmdline", kernel_arguments(plan)),
-        ("svg", render::svg(plan)),
-        ("dot", render::dot(plan)),
-        ("hwloc", render::hwloc(plan)),
-    ]
+    ];
+    if PICTURED.contains(&plan.name.as_str()) {
+        all.extend([
+            ("svg", render::svg(plan)),
+            ("dot", render::dot(plan)),
+            ("hwloc", render::hwloc(plan)),
+        ]);
+    }
+    all
 }
 
 /// The first line in which the two differ, or `None` if they are the same.

@@ -9,6 +9,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
+use numagpu_topology::machine::Exposure;
 use numagpu_topology::plan::{NodeKind, Plan};
 use numagpu_topology::{parse, plan, preset, render};
 use roxmltree::{Document, Node, ParsingOptions};
@@ -103,8 +104,21 @@ fn svg_is_xml_that_has_every_node_gpu_and_link() {
             let title = format!("{} {} · {}", gpu.id, gpu.bdf, gpu.exposure);
             assert!(titles.contains(&title.as_str()), "{title}");
         }
-        for node in &plan.nodes {
+        // Domains without memory are drawn as one, at their GPU.
+        let (empty, nodes): (Vec<_>, Vec<_>) =
+            plan.nodes.iter().partition(|node| node.ranges.is_empty());
+        for node in nodes {
             let numbers = format!("node {} · PXM {}", node.linux_node, node.pxm);
+            assert!(texts.contains(&numbers.as_str()), "{numbers}");
+        }
+        for gpu in empty.chunk_by(|a, b| a.gpu == b.gpu) {
+            let (first, last) = (gpu[0], gpu[gpu.len() - 1]);
+            let run = |from: u32, to: u32| format!("{from}-{to}");
+            let numbers = format!(
+                "nodes {} · PXM {}",
+                run(first.linux_node, last.linux_node),
+                run(first.pxm, last.pxm)
+            );
             assert!(texts.contains(&numbers.as_str()), "{numbers}");
         }
         for entry in &plan.e820 {
@@ -192,14 +206,19 @@ fn dot_has_every_node_gpu_and_link() {
                 .count();
             assert!(quotes.is_multiple_of(2), "{line}");
         }
-        for node in &plan.nodes {
+        for node in plan.nodes.iter().filter(|node| !node.ranges.is_empty()) {
             let numbers = format!("PXM {}, Linux node {}", node.pxm, node.linux_node);
+            // A GPU whose HBM is the node's RAM names the node again.
+            let gpus = plan.gpus.iter();
+            let again = gpus.filter(|g| g.exposure == Exposure::Ram && g.cpu_pxm == node.pxm);
             assert_eq!(
                 dot.matches(&format!("{numbers},")).count()
                     + dot.matches(&format!("{numbers}\"")).count(),
-                1
+                1 + again.count()
             );
         }
+        let bar = plan.gpus.iter().filter(|gpu| gpu.exposure == Exposure::Bar);
+        assert_eq!(dot.matches(", Linux nodes ").count(), bar.count());
         for gpu in &plan.gpus {
             assert_eq!(dot.matches(&format!("    \"{}\" [", gpu.id)).count(), 1);
         }

@@ -10,13 +10,13 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use numagpu_topology::linux::BootPath;
-use numagpu_topology::machine::Machine;
-use numagpu_topology::plan::{NodeKind, Plan};
+use numagpu_topology::machine::{Exposure, Machine};
+use numagpu_topology::plan::{Aperture, Gpu, Hbm, NodeKind, Plan};
 use numagpu_topology::qemu::{self, Host};
 use numagpu_topology::ranges::Range;
 use numagpu_topology::size::{GIB, MIB};
 use numagpu_topology::{E820_RAM, E820_RESERVED, E820_SOFT_RESERVED};
-use numagpu_topology::{parse, plan, platform, preset, render};
+use numagpu_topology::{parse, plan, platform, predict, preset, render};
 use proptest::collection::vec;
 use proptest::option::weighted;
 use proptest::prelude::*;
@@ -33,11 +33,41 @@ struct GpuText {
     base: Option<u64>,
     bus: Option<u32>,
     id: Option<String>,
+    exposure: &'static str,
+    domains: u32,
+}
+
+impl GpuText {
+    /// Whether the text keeps what its exposure makes likely to be refused.
+    fn is_spm(&self) -> bool {
+        self.exposure == "spm"
+    }
+
+    /// Proximity domains of its own.
+    fn domains(&self) -> u64 {
+        match self.exposure {
+            "spm" => self.partitions,
+            "bar" => u64::from(self.domains),
+            _ => 0,
+        }
+    }
+
+    fn partitions(&self) -> u64 {
+        if self.exposure == "ram" {
+            1
+        } else {
+            self.partitions
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
 struct MachineText {
     cpus: Vec<(u32, u64)>,
+    /// Memory nodes: CPU node and units of RAM.
+    memory: Vec<(Index, u64)>,
+    /// Where the PCI hole begins, in units, and whether AMD's range is reserved.
+    holes: (Option<u64>, bool),
     interleaved: bool,
     /// Whether it keeps what is likely to be refused: links as they come, any base and bus.
     wild: bool,
@@ -79,9 +109,11 @@ fn gpu_text() -> impl Strategy<Value = GpuText> {
         weighted(0.12, base),
         weighted(0.1, 0u32..258),
         weighted(0.2, "[a-z][a-z0-9_-]{0,5}"),
+        prop_oneof![5 => Just("spm"), 1 => Just("ram"), 1 => Just("bar"), 1 => Just("private")],
+        1u32..9,
     )
         .prop_map(
-            |(units, partitions, cpu, initiator, base, bus, id)| GpuText {
+            |(units, partitions, cpu, initiator, base, bus, id, exposure, domains)| GpuText {
                 units,
                 partitions,
                 cpu,
@@ -90,13 +122,19 @@ fn gpu_text() -> impl Strategy<Value = GpuText> {
                 base,
                 bus,
                 id,
+                exposure,
+                domains: domains.max(u32::try_from(partitions).unwrap()),
             },
         )
 }
 
 fn machine_text() -> impl Strategy<Value = MachineText> {
     (
-        vec((1u32..5, units()), 1..5),
+        (
+            vec((1u32..5, units()), 1..5),
+            prop_oneof![3 => vec((any::<Index>(), units()), 0..1), 1 => vec((any::<Index>(), units()), 1..3)],
+            (weighted(0.2, 100u64..1500), weighted(0.2, Just(()))),
+        ),
         any::<(bool, bool)>(),
         vec(gpu_text(), 0..9),
         vec((any::<Index>(), any::<Index>(), 1u32..5), 0..8),
@@ -104,11 +142,11 @@ fn machine_text() -> impl Strategy<Value = MachineText> {
         weighted(0.1, vec(11u32..256, 64)),
         prop_oneof![1 => 36u32..44, 4 => 44u32..53],
         0u32..16,
-        prop_oneof![1u64..4096, (1u64..16).prop_map(|gib| gib * 512)],
+        prop_oneof![2 => 1u64..4096, 2 => (1u64..16).prop_map(|gib| gib * 512), 1 => Just(0)],
     )
         .prop_map(
             |(
-                cpus,
+                (cpus, memory, (hole, intel)),
                 (interleaved, wild),
                 gpus,
                 links,
@@ -120,6 +158,8 @@ fn machine_text() -> impl Strategy<Value = MachineText> {
             )| {
                 MachineText {
                     cpus,
+                    memory,
+                    holes: (hole, intel.is_none()),
                     interleaved,
                     wild,
                     gpus,
@@ -153,19 +193,26 @@ impl MachineText {
         }
         let mut ends: Vec<String> = (0..nodes).map(|i| format!("cpu{i}")).collect();
         for (index, gpu) in self.gpus.iter().enumerate() {
-            let hbm = gpu.units * gpu.partitions * 2;
+            let hbm = gpu.units * gpu.partitions() * 2;
             writeln!(out, "[[gpu]]\nhbm = \"{hbm}MiB\"")?;
             writeln!(
                 out,
-                "partitions = {}\ncpu = {}",
-                gpu.partitions,
-                gpu.cpu.index(nodes)
+                "partitions = {}\ncpu = {}\nexposure = \"{}\"",
+                gpu.partitions(),
+                gpu.cpu.index(nodes),
+                gpu.exposure
             )?;
-            writeln!(out, "generic_initiator = {}", gpu.initiator)?;
-            if gpu.on_hbm {
+            if gpu.exposure == "bar" {
+                writeln!(out, "domains = {}", gpu.domains)?;
+            }
+            if gpu.is_spm() {
+                writeln!(out, "generic_initiator = {}", gpu.initiator)?;
+            }
+            if gpu.on_hbm && (gpu.is_spm() || gpu.exposure == "bar") {
                 writeln!(out, "pci_node = \"hbm\"")?;
             }
-            if let Some(base) = gpu.base.filter(|_| self.wild || index == 0) {
+            let base = gpu.base.filter(|_| gpu.is_spm());
+            if let Some(base) = base.filter(|_| self.wild || index == 0) {
                 writeln!(out, "base = \"{base}\"")?;
             }
             if let Some(bus) = gpu.bus.filter(|_| self.wild || index == 0) {
@@ -175,6 +222,14 @@ impl MachineText {
                 writeln!(out, "id = \"{id}\"")?;
             }
             ends.push(gpu.id.clone().unwrap_or_else(|| format!("gpu{index}")));
+        }
+        for (cpu, units) in &self.memory {
+            let cpu = cpu.index(nodes);
+            writeln!(
+                out,
+                "[[memory]]\nmemory = \"{}MiB\"\ncpu = {cpu}",
+                units * 2
+            )?;
         }
         let mut joined = BTreeSet::new();
         for (from, to, count) in &self.links {
@@ -201,8 +256,8 @@ impl MachineText {
             )?;
         }
         if let Some(values) = &self.matrix {
-            let partitions: u64 = self.gpus.iter().map(|gpu| gpu.partitions).sum();
-            let size = nodes + usize::try_from(partitions).unwrap();
+            let domains: u64 = self.gpus.iter().map(GpuText::domains).sum();
+            let size = nodes + self.memory.len() + usize::try_from(domains).unwrap();
             let value = |a: usize, b: usize| if a == b { 10 } else { values[(a * 7 + b) % 64] };
             let rows: Vec<Vec<u32>> = (0..size)
                 .map(|a| (0..size).map(|b| value(a, b)).collect())
@@ -210,6 +265,10 @@ impl MachineText {
             writeln!(out, "matrix = {rows:?}")?;
         }
         writeln!(out, "[limits]\nphys_bits = {}", self.phys_bits)?;
+        writeln!(out, "amd_hole = {}", self.holes.1)?;
+        if let Some(units) = self.holes.0 {
+            writeln!(out, "pci_hole = \"{}MiB\"", units * 2)?;
+        }
         writeln!(
             out,
             "[placement]\nalign = {}",
@@ -250,29 +309,39 @@ fn range(entry: &numagpu_topology::plan::E820Entry) -> Range {
 }
 
 fn check_memory_map(machine: &Machine, plan: &Plan) {
+    let begin = plan.holes.below_4g.unwrap_or(0xb000_0000);
     let pci_hole = Range {
-        base: 0xb000_0000,
-        size: 4 * GIB - 0xb000_0000,
+        base: begin,
+        size: 4 * GIB - begin,
     };
     let mut last = 0;
     for entry in &plan.e820 {
         assert!(entry.base >= last && entry.size > 0, "{:#x?}", plan.e820);
         last = entry.base + entry.size;
         assert!(last <= 1 << plan.phys_bits);
-        assert!(!range(entry).overlaps(&pci_hole) && !range(entry).overlaps(&platform::AMD_HT));
+        assert!(!range(entry).overlaps(&pci_hole));
+        assert!(!plan.holes.amd || !range(entry).overlaps(&platform::AMD_HT));
     }
     let bytes = |kind: u32| -> u64 {
         let entries = plan.e820.iter().filter(|entry| entry.kind == kind);
         entries.map(|entry| entry.size).sum()
     };
-    let described: u64 = machine
+    let mut described: Vec<u64> = machine
         .cpu
         .iter()
-        .map(|node| node.get_ref().memory.get_ref().0)
-        .sum();
-    assert_eq!(bytes(E820_RAM) + platform::LEGACY_HOLE.size, described);
+        .map(|node| node.get_ref().own_memory())
+        .collect();
+    for gpu in machine.gpu.iter().map(toml::Spanned::get_ref) {
+        if *gpu.exposure.get_ref() == Exposure::Ram {
+            described[*gpu.cpu.get_ref()] += gpu.hbm.get_ref().0;
+        }
+    }
+    let memory = machine.memory.iter();
+    described.extend(memory.map(|node| node.get_ref().memory.get_ref().0));
+    let total: u64 = described.iter().sum();
+    assert_eq!(bytes(E820_RAM) + platform::LEGACY_HOLE.size, total);
     assert_eq!(bytes(E820_RESERVED), platform::LEGACY_HOLE.size);
-    assert_eq!(plan.ram_bytes(), described);
+    assert_eq!(plan.ram_bytes(), total);
     let mut hbm = plan.hbm_ranges();
     hbm.sort();
     let soft: Vec<Range> = plan
@@ -282,10 +351,10 @@ fn check_memory_map(machine: &Machine, plan: &Plan) {
         .map(range)
         .collect();
     assert_eq!(soft, hbm);
-    for (pxm, node) in (0u32..).zip(&machine.cpu) {
+    for (pxm, described) in (0u32..).zip(described) {
         let own = plan.ram.iter().filter(|range| range.pxm == pxm);
         let bytes: u64 = own.map(|range| range.size).sum();
-        assert_eq!(bytes, node.get_ref().memory.get_ref().0);
+        assert_eq!(bytes, described);
     }
 }
 
@@ -300,9 +369,19 @@ fn check_placement(machine: &Machine, plan: &Plan) {
     for (gpu, text) in plan.gpus.iter().zip(&machine.gpu) {
         let text = text.get_ref();
         let partitions = u64::from(*text.partitions.get_ref());
+        let bytes: u64 = gpu.hbm.iter().map(|part| part.size).sum();
+        assert_eq!(bytes, text.hbm.get_ref().0);
+        if gpu.exposure == Exposure::Ram {
+            check_ram_hbm(plan, gpu);
+            continue;
+        }
         assert_eq!(gpu.hbm.len() as u64, partitions);
+        if let Some(aperture) = &gpu.aperture {
+            check_aperture(plan, gpu, aperture);
+            continue;
+        }
         for part in &gpu.hbm {
-            assert_eq!(part.size * partitions, text.hbm.get_ref().0);
+            assert_eq!(part.size * partitions, bytes);
             assert!(plan.window.contains(&part.range()));
             let unit = if text.base.is_some() { 2 * MIB } else { align };
             assert!(part.base.is_multiple_of(unit) || part.base == plan.window.base);
@@ -312,7 +391,10 @@ fn check_placement(machine: &Machine, plan: &Plan) {
         }
     }
     // QEMU, given RAM and window, puts them where the plan says, with its PCI window behind.
-    let layout = platform::layout(plan.ram_bytes(), plan.window.size).unwrap();
+    let layout = plan
+        .holes
+        .layout(plan.ram_bytes(), plan.window.size)
+        .unwrap();
     assert_eq!(layout.window_base, plan.window.base);
     let ram_end = layout.ram.iter().map(Range::end).max().unwrap();
     assert_eq!(
@@ -320,7 +402,55 @@ fn check_placement(machine: &Machine, plan: &Plan) {
         Some(ram_end)
     );
     assert!(ram_end <= plan.window.base);
-    assert!(platform::used_end(plan.window.end()) <= 1 << plan.phys_bits);
+    assert!(plan.holes.used_end(plan.window.end()) <= 1 << plan.phys_bits);
+}
+
+/// HBM that is RAM lies in its node's RAM, and is nobody else's.
+fn check_ram_hbm(plan: &Plan, gpu: &Gpu) {
+    let own = |part: &Hbm| {
+        plan.ram.iter().any(|ram| {
+            let range = Range {
+                base: ram.base,
+                size: ram.size,
+            };
+            Some(ram.pxm) == part.pxm && range.contains(&part.range())
+        })
+    };
+    assert!(gpu.hbm.iter().all(own), "{gpu:?}");
+    let others = plan.gpus.iter().filter(|other| other.index != gpu.index);
+    for other in others.flat_map(|other| &other.hbm) {
+        assert!(
+            !gpu.hbm
+                .iter()
+                .any(|part| part.range().overlaps(&other.range()))
+        );
+    }
+}
+
+/// An aperture is aligned to its size, in the 64-bit PCI hole, and holds the partitions from its start.
+fn check_aperture(plan: &Plan, gpu: &Gpu, aperture: &Aperture) {
+    assert!(aperture.size.is_power_of_two() && aperture.base.is_multiple_of(aperture.size));
+    let range = Range {
+        base: aperture.base,
+        size: aperture.size,
+    };
+    let hole = Range {
+        base: plan.window.end().next_multiple_of(GIB),
+        size: plan.holes.pci_hole64,
+    };
+    assert!(hole.contains(&range), "{hole:x?} {range:x?}");
+    assert!(!plan.holes.amd || !range.overlaps(&platform::AMD_HT));
+    let mut next = aperture.base;
+    for part in &gpu.hbm {
+        assert_eq!(part.base, next);
+        next = part.range().end();
+    }
+    assert!(next <= range.end());
+    for other in plan.gpus.iter().filter(|other| other.index != gpu.index) {
+        if let Some(other) = &other.aperture {
+            assert!(other.base >= range.end() || other.base + other.size <= range.base);
+        }
+    }
 }
 
 fn check_nodes(machine: &Machine, plan: &Plan) {
@@ -330,26 +460,36 @@ fn check_nodes(machine: &Machine, plan: &Plan) {
     assert!(linux.into_iter().eq(0..count));
     for node in &plan.nodes {
         match node.kind {
-            NodeKind::Cpu => assert!(node.online && !node.cpus.is_empty() && node.gpu.is_none()),
-            NodeKind::Hbm => assert!(node.cpus.is_empty() && node.ranges.len() == 1),
+            NodeKind::Cpu => {
+                assert!(node.online && !node.cpus.is_empty() && !node.ranges.is_empty());
+                assert_eq!(node.cpu_pxm, Some(node.pxm));
+            }
+            NodeKind::Hbm if node.gpu.is_none() => {
+                assert!(node.online && node.cpus.is_empty() && !node.ranges.is_empty());
+            }
+            NodeKind::Hbm => assert!(node.cpus.is_empty() && node.ranges.len() <= 1),
         }
     }
     for gpu in &plan.gpus {
-        for hbm in &gpu.hbm {
-            let node = &plan.nodes[hbm.pxm as usize];
-            assert_eq!(
-                (&node.gpu, &node.ranges),
-                (&Some(gpu.id.clone()), &vec![hbm.range()])
-            );
-            assert_eq!(node.online, hbm.initiator.is_some());
+        for (index, domain) in gpu.domains.iter().enumerate() {
+            let node = &plan.nodes[domain.pxm as usize];
+            let memory: Vec<Range> = match gpu.exposure {
+                Exposure::Spm => vec![gpu.hbm[index].range()],
+                _ => Vec::new(),
+            };
+            assert_eq!((&node.gpu, &node.ranges), (&Some(gpu.id.clone()), &memory));
+            assert_eq!(node.online, domain.initiator.is_some());
+            assert_eq!(node.cpu_pxm, Some(gpu.cpu_pxm));
         }
+        let own = gpu.hbm.iter().zip(&gpu.domains);
+        assert!(own.clone().all(|(hbm, domain)| hbm.pxm == Some(domain.pxm)));
     }
     let plain = |gpu: &toml::Spanned<numagpu_topology::machine::Gpu>| {
-        gpu.get_ref().base.is_none() && !gpu.get_ref().generic_initiator
+        gpu.get_ref().base.is_none() && !gpu.get_ref().is_initiator()
     };
     if machine.gpu.iter().all(plain) {
-        let nodes = plan.hbm().map(|hbm| plan.linux_node(hbm.pxm).unwrap());
-        let cpus = u32::try_from(machine.cpu.len()).unwrap();
+        let nodes = plan.domains().map(|d| plan.linux_node(d.pxm).unwrap());
+        let cpus = u32::try_from(machine.cpu.len() + machine.memory.len()).unwrap();
         assert!(
             nodes.eq(cpus..count),
             "Linux's numbers ascend with the addresses"
@@ -392,8 +532,8 @@ fn check_json(plan: &Plan) {
     for node in json["nodes"].as_array().unwrap() {
         assert!(node["pxm"].is_u64() && node["linux_node"].is_u64() && node["cpus"].is_array());
         assert!(
-            node["kind"] == "cpu" && node["gpu"].is_null()
-                || node["kind"] == "hbm" && node["gpu"].is_string()
+            node["kind"] == "cpu" && !node["cpus"].as_array().unwrap().is_empty()
+                || node["kind"] == "hbm" && node["cpus"].as_array().unwrap().is_empty()
         );
         for range in node["ranges"].as_array().unwrap() {
             assert!(range["base"].is_u64() && range["size"].is_u64());
@@ -408,9 +548,12 @@ fn check_json(plan: &Plan) {
         );
     }
     for gpu in json["gpus"].as_array().unwrap() {
-        assert!(gpu["id"].is_string() && gpu["bdf"].is_string() && gpu["exposure"] == "spm");
+        assert!(gpu["id"].is_string() && gpu["bdf"].is_string() && gpu["exposure"].is_string());
+        let private = gpu["exposure"] == "private";
+        assert!(!gpu["hbm"].as_array().unwrap().is_empty());
         for hbm in gpu["hbm"].as_array().unwrap() {
-            assert!(hbm["base"].is_u64() && hbm["size"].is_u64() && hbm["pxm"].is_u64());
+            assert!(hbm["base"].is_u64() && hbm["size"].is_u64());
+            assert!(hbm["pxm"].is_u64() || private && hbm["pxm"].is_null());
         }
     }
 }
@@ -418,11 +561,26 @@ fn check_json(plan: &Plan) {
 fn check_outputs(plan: &Plan) {
     check_json(plan);
     assert_eq!(render::e820(plan).lines().count(), plan.e820.len());
-    assert!(render::text(plan).starts_with(&plan.name));
+    assert!(render::text(plan, BootPath::Ovmf).starts_with(&plan.name));
     assert!(render::svg(plan).ends_with("</svg>\n"));
     assert!(render::dot(plan).ends_with("}\n"));
     assert!(render::hwloc(plan).ends_with("</topology>\n"));
-    for boot in [BootPath::Ovmf, BootPath::SeaBios] {
+    for boot in [BootPath::Ovmf, BootPath::SeaBios, BootPath::Qboot] {
+        let prediction = predict(plan, boot);
+        assert_eq!(prediction.possible.len(), plan.nodes.len());
+        assert!(
+            prediction
+                .online
+                .iter()
+                .all(|node| prediction.possible.contains(node))
+        );
+        let whole: u64 = prediction.dax.iter().map(|dax| dax.range.size).sum();
+        let all: u64 = plan.hbm().map(|hbm| hbm.size).sum();
+        let lost = prediction
+            .warnings
+            .iter()
+            .any(|w| w.what.contains("are lost"));
+        assert!(whole == all || lost && whole < all, "{prediction:?}");
         let host = Host::placeholders(plan, boot, "/s", "/h");
         let Ok(arguments) = qemu::arguments(plan, &host) else {
             assert!(plan.hbm().count() > 32 || plan.gpus.len() > 28);
@@ -434,8 +592,13 @@ fn check_outputs(plan: &Plan) {
         let starting = |prefix: &str| arguments.iter().filter(|a| a.starts_with(prefix)).count();
         assert_eq!(starting("sp-mem,"), plan.hbm().count());
         assert_eq!(starting("node,"), plan.nodes.len());
-        assert_eq!(starting("pxb-pcie,"), plan.gpus.len());
-        let initiators = plan.hbm().filter(|hbm| hbm.initiator.is_some()).count();
+        let bridges = if boot == BootPath::Qboot {
+            0
+        } else {
+            plan.gpus.len()
+        };
+        assert_eq!(starting("pxb-pcie,"), bridges);
+        let initiators = plan.domains().filter(|d| d.initiator.is_some()).count();
         assert_eq!(starting("acpi-generic-initiator,"), initiators);
         assert_eq!(plan.initiator_order().len(), initiators);
         assert!(!qemu::shell("qemu", &arguments).is_empty());

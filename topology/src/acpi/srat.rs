@@ -70,10 +70,10 @@ pub(super) fn srat(plan: &Plan) -> Table {
         .gpus
         .iter()
         .flat_map(|gpu| {
-            gpu.hbm
+            gpu.domains
                 .iter()
-                .filter(|hbm| hbm.initiator.is_some())
-                .map(move |hbm| (hbm.pxm, gpu.bus))
+                .filter(|domain| domain.initiator.is_some())
+                .map(move |domain| (domain.pxm, gpu.bus))
         })
         .filter_map(|(pxm, bus)| Some((plan.linux_node(pxm)?, pxm, bus)))
         .collect();

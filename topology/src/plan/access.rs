@@ -33,17 +33,19 @@ pub(super) fn access(machine: &Machine, gpus: &[Gpu]) -> Vec<Access> {
         }
     };
     for (pxm, node) in (0u32..).zip(&machine.cpu) {
-        push(
-            pxm,
-            pxm,
-            node.get_ref().latency_ns,
-            node.get_ref().bandwidth_mbs,
-        );
+        let node = node.get_ref();
+        push(pxm, pxm, node.latency_ns, node.bandwidth_mbs);
+    }
+    let first_memory = u32::try_from(machine.cpu.len()).unwrap_or(u32::MAX);
+    for (pxm, node) in (first_memory..).zip(&machine.memory) {
+        let node = node.get_ref();
+        let cpu = u32::try_from(*node.cpu.get_ref()).unwrap_or(u32::MAX);
+        push(cpu, pxm, node.latency_ns, node.bandwidth_mbs);
     }
     for (gpu, described) in gpus.iter().zip(&machine.gpu) {
         let described = described.get_ref();
-        for from in &gpu.hbm {
-            for to in &gpu.hbm {
+        for from in &gpu.domains {
+            for to in &gpu.domains {
                 push(
                     from.pxm,
                     to.pxm,
@@ -59,18 +61,18 @@ pub(super) fn access(machine: &Machine, gpus: &[Gpu]) -> Vec<Access> {
                 .strip_prefix("cpu")
                 .and_then(|cpu| cpu.parse().ok())
             {
-                for hbm in &gpu.hbm {
-                    push(cpu, hbm.pxm, latency, bandwidth);
-                    push(hbm.pxm, cpu, latency, bandwidth);
+                for own in &gpu.domains {
+                    push(cpu, own.pxm, latency, bandwidth);
+                    push(own.pxm, cpu, latency, bandwidth);
                 }
             }
             // Each link between GPUs is in the lists of both, so one direction each makes two.
             let peers = gpus
                 .iter()
                 .filter(|peer| peer.id == link.peer)
-                .flat_map(|peer| &peer.hbm);
+                .flat_map(|peer| &peer.domains);
             for to in peers {
-                gpu.hbm
+                gpu.domains
                     .iter()
                     .for_each(|from| push(from.pxm, to.pxm, latency, bandwidth));
             }
@@ -81,6 +83,11 @@ pub(super) fn access(machine: &Machine, gpus: &[Gpu]) -> Vec<Access> {
 }
 
 impl Plan {
+    /// Whether there is an HMAT: the description gives latencies or bandwidths.
+    pub fn has_hmat(&self) -> bool {
+        !self.accesses.is_empty()
+    }
+
     /// What is known of accesses from one domain to another's memory.
     pub fn access(&self, initiator: u32, target: u32) -> Option<&Access> {
         let key = |access: &Access| (access.initiator, access.target);
@@ -96,11 +103,7 @@ impl Plan {
         let node = self.nodes.iter().find(|node| node.pxm == pxm)?;
         match node.kind {
             NodeKind::Cpu => (!node.cpus.is_empty()).then_some(pxm),
-            NodeKind::Hbm => self
-                .gpus
-                .iter()
-                .find(|gpu| node.gpu.as_ref() == Some(&gpu.id))
-                .map(|gpu| gpu.cpu_pxm),
+            NodeKind::Hbm => node.cpu_pxm,
         }
     }
 

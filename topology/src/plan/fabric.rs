@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::number::Numbering;
-use super::{GpuLink, partitions};
+use super::{GpuLink, domains};
 use crate::error::MachineError;
 use crate::machine::Machine;
 use crate::validate::{Checked, End, wrong};
@@ -138,14 +138,22 @@ pub(super) fn links(machine: &Machine, checked: &Checked, hives: &[Hive]) -> Vec
     links
 }
 
+/// Whose a proximity domain is.
+#[derive(Clone, Copy)]
+enum Domain {
+    Cpu(usize),
+    Memory(usize),
+    Gpu(usize),
+}
+
 /// Distances by proximity domain.
 pub(super) fn slit(machine: &Machine, checked: &Checked, numbering: &Numbering) -> Vec<Vec<u8>> {
-    let cpus = machine.cpu.len();
+    let before = machine.cpu.len() + machine.memory.len();
     // Position in the description by proximity domain.
-    let mut position: Vec<usize> = (0..cpus).collect();
-    let mut hbm: Vec<(u32, usize)> = numbering.hbm_pxm.iter().copied().zip(cpus..).collect();
-    hbm.sort_unstable();
-    position.extend(hbm.into_iter().map(|(_, index)| index));
+    let mut position: Vec<usize> = (0..before).collect();
+    let mut own: Vec<(u32, usize)> = numbering.pxm.iter().copied().zip(before..).collect();
+    own.sort_unstable();
+    position.extend(own.into_iter().map(|(_, index)| index));
     let byte = |value: u32| u8::try_from(value).unwrap_or(u8::MAX);
     if let Some(matrix) = &machine.distances.matrix {
         let rows = matrix.get_ref();
@@ -159,17 +167,18 @@ pub(super) fn slit(machine: &Machine, checked: &Checked, numbering: &Numbering) 
             .map(|row| position.iter().map(|to| cell(row, to)).collect())
             .collect();
     }
-    // CPU node or GPU of every position, and then of every proximity domain.
-    let gpus = partitions(machine)
-        .into_iter()
-        .map(|(gpu, _)| End::Gpu(gpu));
-    let ends: Vec<End> = (0..cpus).map(End::Cpu).chain(gpus).collect();
-    let ends: Vec<End> = position
+    // What is at every position, and then of every proximity domain.
+    let described: Vec<Domain> = (0..machine.cpu.len())
+        .map(Domain::Cpu)
+        .chain((0..machine.memory.len()).map(Domain::Memory))
+        .chain(domains(machine).into_iter().map(|d| Domain::Gpu(d.gpu)))
+        .collect();
+    let ends: Vec<Domain> = position
         .iter()
-        .filter_map(|index| ends.get(*index).copied())
+        .filter_map(|index| described.get(*index).copied())
         .collect();
     let rules = Rules::new(machine, checked);
-    let row = |(pxm, from): (usize, &End)| {
+    let row = |(pxm, from): (usize, &Domain)| {
         let by_end = rules.row(*from);
         let mut row: Vec<u8> = ends.iter().map(|to| byte(by_end.to(*to))).collect();
         if let Some(own) = row.get_mut(pxm) {
@@ -187,17 +196,19 @@ struct Rules<'a> {
     linked: Vec<Vec<usize>>,
 }
 
-/// Distances from a CPU node or a GPU.
+/// Distances from a domain.
 struct Row {
     cpus: Vec<u32>,
+    memory: Vec<u32>,
     gpus: Vec<u32>,
 }
 
 impl Row {
-    fn to(&self, end: End) -> u32 {
+    fn to(&self, end: Domain) -> u32 {
         let value = match end {
-            End::Cpu(cpu) => self.cpus.get(cpu),
-            End::Gpu(gpu) => self.gpus.get(gpu),
+            Domain::Cpu(cpu) => self.cpus.get(cpu),
+            Domain::Memory(node) => self.memory.get(node),
+            Domain::Gpu(gpu) => self.gpus.get(gpu),
         };
         value.copied().unwrap_or(255)
     }
@@ -218,27 +229,45 @@ impl<'a> Rules<'a> {
         Rules { machine, linked }
     }
 
-    fn row(&self, from: End) -> Row {
+    /// CPU nodes next to the memory nodes, and those that the GPUs are attached to.
+    fn next_to(&self) -> (impl Iterator<Item = usize>, impl Iterator<Item = usize>) {
+        let memory = self.machine.memory.iter();
+        let gpus = self.machine.gpu.iter();
+        (
+            memory.map(|node| *node.get_ref().cpu.get_ref()),
+            gpus.map(|gpu| *gpu.get_ref().cpu.get_ref()),
+        )
+    }
+
+    fn row(&self, from: Domain) -> Row {
         let distances = &self.machine.distances;
         let (cpus, gpus) = (self.machine.cpu.len(), self.machine.gpu.len());
         let local = *distances.cpu_hbm_local.get_ref();
         let remote = *distances.cpu_hbm_remote.get_ref();
+        let (memory_cpus, gpu_cpus) = self.next_to();
+        let by_cpu = |own: usize| move |cpu: usize| if cpu == own { local } else { remote };
+        let from_memory = |own: Option<usize>| {
+            let to_cpu = move |cpu: usize| if Some(cpu) == own { local } else { remote };
+            let hbm = *distances.hbm_hbm.get_ref();
+            Row {
+                cpus: (0..cpus).map(to_cpu).collect(),
+                memory: vec![hbm; self.machine.memory.len()],
+                gpus: vec![hbm; gpus],
+            }
+        };
         match from {
-            End::Cpu(cpu) => Row {
+            Domain::Cpu(cpu) => Row {
                 cpus: vec![*distances.cpu_cpu.get_ref(); cpus],
-                gpus: self
-                    .machine
-                    .gpu
-                    .iter()
-                    .map(|gpu| *gpu.get_ref().cpu.get_ref() == cpu)
-                    .map(|attached| if attached { local } else { remote })
-                    .collect(),
+                memory: memory_cpus.map(by_cpu(cpu)).collect(),
+                gpus: gpu_cpus.map(by_cpu(cpu)).collect(),
             },
-            End::Gpu(gpu) => {
-                let mut row = Row {
-                    cpus: vec![remote; cpus],
-                    gpus: vec![*distances.hbm_hbm.get_ref(); gpus],
-                };
+            Domain::Memory(node) => {
+                let mut memory_cpus = memory_cpus;
+                from_memory(memory_cpus.nth(node))
+            }
+            Domain::Gpu(gpu) => {
+                let mut gpu_cpus = gpu_cpus;
+                let mut row = from_memory(gpu_cpus.nth(gpu));
                 for peer in self.linked.get(gpu).into_iter().flatten() {
                     if let Some(value) = row.gpus.get_mut(*peer) {
                         *value = *distances.hbm_hbm_linked.get_ref();
@@ -246,11 +275,6 @@ impl<'a> Rules<'a> {
                 }
                 if let Some(value) = row.gpus.get_mut(gpu) {
                     *value = *distances.hbm_hbm_same_gpu.get_ref();
-                }
-                let attached = self.machine.gpu.get(gpu);
-                let attached = attached.map(|gpu| *gpu.get_ref().cpu.get_ref());
-                if let Some(value) = attached.and_then(|cpu| row.cpus.get_mut(cpu)) {
-                    *value = local;
                 }
                 row
             }

@@ -16,7 +16,8 @@ mod place;
 use serde::Serialize;
 
 use crate::error::MachineError;
-use crate::machine::{Exposure, Guest, Machine, PciNode};
+use crate::machine::{BackingKind, Exposure, Guest, Machine, PciNode};
+use crate::platform::Holes;
 use crate::qom;
 use crate::ranges::Range;
 use crate::size::MIB;
@@ -25,6 +26,7 @@ use crate::validate::{self, Checked};
 pub use access::Access;
 pub(crate) use number::backend_names;
 use number::{Initiators, Numbering};
+pub(crate) use place::pci_hole64_needed;
 
 /// Ranges that OVMF carries without loss (of 40 it loses one, with 48 it does not boot; measured with 2026.08).
 pub const OVMF_MAX_RANGES: usize = 32;
@@ -48,13 +50,18 @@ pub struct Plan {
     pub accesses: Vec<Access>,
     /// RAM with the proximity domain it belongs to, ascending.
     pub ram: Vec<NodeRange>,
-    /// The device-memory window: from the first HBM range's earliest place to the last one's end.
+    /// The device-memory window: from the first soft-reserved range's earliest place to the last one's end.
     pub window: Range,
+    /// Holes of the address space.
+    pub holes: Holes,
     /// Physical address bits of the guest's CPUs.
     pub phys_bits: u32,
     /// What will run in the guest.
     #[serde(skip)]
     pub guest: Guest,
+    /// What the HBM is made of on the host.
+    #[serde(skip)]
+    pub backing: Backing,
     /// What the reader should know before booting it.
     pub warnings: Vec<String>,
 }
@@ -77,7 +84,7 @@ pub struct E820Entry {
 pub enum NodeKind {
     /// CPUs and RAM.
     Cpu,
-    /// HBM of a GPU.
+    /// HBM, of a GPU or of a CPU package, without CPUs.
     Hbm,
 }
 
@@ -92,11 +99,13 @@ pub struct Node {
     pub kind: NodeKind,
     /// CPUs.
     pub cpus: Vec<u32>,
-    /// Memory.
+    /// Memory that is there at boot.
     pub ranges: Vec<Range>,
     /// GPU whose HBM it is.
     pub gpu: Option<String>,
-    /// Whether Linux has the node online at boot: it has CPUs and RAM, or is named by a Generic Initiator.
+    /// Proximity domain of the CPUs next to it: its own, or the node that its GPU is attached to.
+    pub cpu_pxm: Option<u32>,
+    /// Whether Linux has the node online at boot: it has RAM, or is named by a Generic Initiator.
     pub online: bool,
 }
 
@@ -131,8 +140,15 @@ pub struct Gpu {
     pub cpu_pxm: u32,
     /// Proximity domain of its PCI function.
     pub pci_pxm: u32,
-    /// HBM partitions.
+    /// HBM: its partitions, or with exposure `ram` its parts of the CPU node's RAM.
     pub hbm: Vec<Hbm>,
+    /// Proximity domains of its own: with exposure `spm` one for each partition, with `bar` those that its driver fills.
+    pub domains: Vec<Domain>,
+    /// The BAR through which HBM is reached, with exposures `bar` and `private`.
+    pub aperture: Option<Aperture>,
+    /// NUMA node of the host that HBM is taken from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_node: Option<u32>,
     /// Hive, 0 if no other GPU is linked.
     pub hive_id: u64,
     /// Position in the hive.
@@ -143,17 +159,45 @@ pub struct Gpu {
     pub links: Vec<GpuLink>,
 }
 
-/// One partition's HBM.
+/// A range of HBM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Hbm {
-    /// First address.
+    /// First address. Behind an aperture it is where a VMM that places BARs itself shall put it; the GPU's engines know
+    /// the HBM by this address wherever firmware puts the BAR.
     pub base: u64,
     /// Bytes.
     pub size: u64,
-    /// Proximity domain.
+    /// Proximity domain, none with exposure `private`.
+    pub pxm: Option<u32>,
+}
+
+/// A proximity domain of a GPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Domain {
+    /// Its number.
     pub pxm: u32,
     /// QEMU's name of the Generic Initiator object, if there is one.
     pub initiator: Option<String>,
+}
+
+/// What the HBM is made of on the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// Kind of memory.
+    pub kind: BackingKind,
+    /// Directory of the files, if the description names one.
+    pub directory: Option<String>,
+    /// Bytes of a huge page, for [`BackingKind::Hugetlb`].
+    pub page: u64,
+}
+
+/// A BAR through which HBM is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Aperture {
+    /// Planned address.
+    pub base: u64,
+    /// Bytes, a power of two.
+    pub size: u64,
 }
 
 impl Hbm {
@@ -202,14 +246,42 @@ impl Plan {
         whole
     }
 
-    /// All HBM, in order of GPUs and partitions.
+    /// HBM that is soft reserved, in order of GPUs and partitions.
     pub fn hbm(&self) -> impl Iterator<Item = &Hbm> {
-        self.gpus.iter().flat_map(|gpu| &gpu.hbm)
+        let spm = |gpu: &&Gpu| gpu.exposure == Exposure::Spm;
+        self.gpus.iter().filter(spm).flat_map(|gpu| &gpu.hbm)
     }
 
-    /// All HBM ranges, in order of GPUs and partitions.
+    /// Ranges of HBM that is soft reserved, in order of GPUs and partitions.
     pub fn hbm_ranges(&self) -> Vec<Range> {
         self.hbm().map(Hbm::range).collect()
+    }
+
+    /// The GPUs' proximity domains, in order of GPUs.
+    pub fn domains(&self) -> impl Iterator<Item = &Domain> {
+        self.gpus.iter().flat_map(|gpu| &gpu.domains)
+    }
+
+    /// Nodes that have RAM: CPU nodes, and memory nodes without CPUs.
+    pub fn ram_nodes(&self) -> impl Iterator<Item = &Node> {
+        let ram = |node: &&Node| node.kind == NodeKind::Cpu || node.gpu.is_none();
+        self.nodes.iter().filter(ram)
+    }
+
+    /// Names of the files that back a GPU's HBM, with their sizes: one for each partition that is soft reserved, one for
+    /// all of them behind an aperture, none for HBM that is the guest's RAM.
+    pub fn hbm_files(gpu: &Gpu) -> Vec<(String, u64)> {
+        match gpu.exposure {
+            Exposure::Spm => (0..)
+                .zip(&gpu.hbm)
+                .map(|(partition, hbm)| (Plan::hbm_file(gpu, partition), hbm.size))
+                .collect(),
+            Exposure::Bar | Exposure::Private => {
+                let bytes = gpu.hbm.iter().map(|hbm| hbm.size).sum();
+                vec![(format!("{}.hbm", gpu.id), bytes)]
+            }
+            Exposure::Ram => Vec::new(),
+        }
     }
 
     /// The Linux node of a proximity domain.
@@ -232,13 +304,8 @@ impl Plan {
 
     /// Names of the Generic Initiator objects in the order in which QEMU walks them.
     pub fn initiator_order(&self) -> Vec<String> {
-        let names: Vec<String> = self.hbm().filter_map(|hbm| hbm.initiator.clone()).collect();
-        let cpu_nodes = self
-            .nodes
-            .iter()
-            .filter(|node| node.kind == NodeKind::Cpu)
-            .count();
-        let backends = backend_names(cpu_nodes, self.hbm().count());
+        let names: Vec<String> = self.domains().filter_map(|d| d.initiator.clone()).collect();
+        let backends = backend_names(self.ram_nodes().count(), self.hbm().count());
         qom::initiators_walked(&names, &backends)
             .into_iter()
             .filter_map(|position| names.get(position).cloned())
@@ -267,16 +334,18 @@ impl Plan {
 /// [`MachineError`] for the first thing that makes it impossible.
 pub fn plan(machine: &Machine) -> Result<Plan, MachineError> {
     let checked = validate::check(machine)?;
-    let ram_total = machine
-        .cpu
-        .iter()
-        .map(|node| node.get_ref().memory.get_ref().0)
-        .sum();
-    let (layout, window, placed) = place::place(machine, ram_total)?;
-    let ram = place::assign_ram(machine, &layout.ram);
-    let names = number::name_initiators(machine);
+    let ram_bytes = place::ram_of_nodes(machine);
+    let (layout, window, placed) = place::place(machine, ram_bytes.iter().sum())?;
+    let ram = place::assign_ram(&ram_bytes, &layout.ram);
+    let names = number::name_initiators(machine, ram_bytes.len(), placed.len());
     let numbering = number::number(machine, &checked, &ram, window, &placed, &names);
-    let gpus = gpus(machine, &checked, &placed, &numbering, &names)?;
+    let gpus = gpus(
+        machine,
+        &checked,
+        (window, &placed, &ram),
+        &numbering,
+        &names,
+    )?;
     let nodes = nodes(machine, &checked, &ram, &gpus, &numbering);
     let slit = fabric::slit(machine, &checked, &numbering);
     let e820 = place::e820(&layout.ram, &placed);
@@ -291,8 +360,10 @@ pub fn plan(machine: &Machine) -> Result<Plan, MachineError> {
         gpus,
         ram,
         window,
+        holes: place::holes(machine),
         phys_bits: *machine.limits.phys_bits.get_ref(),
         guest: machine.guest.clone(),
+        backing: backing(machine),
         warnings,
     })
 }
@@ -303,53 +374,92 @@ fn is_zero(segment: &u16) -> bool {
     *segment == 0
 }
 
-/// Bytes of one partition of a GPU.
-fn partition_size(machine: &Machine, gpu: usize) -> u64 {
-    machine.gpu.get(gpu).map_or(0, |gpu| {
-        gpu.get_ref().hbm.get_ref().0 / u64::from((*gpu.get_ref().partitions.get_ref()).max(1))
-    })
+/// (GPU, partition) of every soft-reserved HBM range in order.
+fn partitions(machine: &Machine) -> Vec<(usize, usize)> {
+    domains(machine)
+        .into_iter()
+        .filter(|domain| domain.range.is_some())
+        .map(|domain| (domain.gpu, domain.index))
+        .collect()
 }
 
-/// (GPU, partition) of every HBM range in order.
-fn partitions(machine: &Machine) -> Vec<(usize, usize)> {
-    let of = |(index, gpu): (usize, &toml::Spanned<crate::machine::Gpu>)| {
-        (0..*gpu.get_ref().partitions.get_ref() as usize)
-            .map(move |partition| (index, partition))
-            .collect::<Vec<_>>()
-    };
-    machine.gpu.iter().enumerate().flat_map(of).collect()
+/// A proximity domain that a GPU has, before it has a number.
+struct Described {
+    gpu: usize,
+    /// Which of the GPU's.
+    index: usize,
+    /// Position of its memory among the soft-reserved ranges; none for a domain without memory.
+    range: Option<usize>,
+}
+
+/// Every domain of the GPUs, in order.
+fn domains(machine: &Machine) -> Vec<Described> {
+    let mut ranges = 0..;
+    let mut all = Vec::new();
+    for (gpu, described) in machine.gpu.iter().enumerate() {
+        let described = described.get_ref();
+        let is_spm = *described.exposure.get_ref() == Exposure::Spm;
+        all.extend(
+            (0..described.domain_count() as usize).map(|index| Described {
+                gpu,
+                index,
+                range: if is_spm { ranges.next() } else { None },
+            }),
+        );
+    }
+    all
 }
 
 fn gpus(
     machine: &Machine,
     checked: &Checked,
-    placed: &[Range],
+    (window, placed, ram): (Range, &[Range], &[NodeRange]),
     numbering: &Numbering,
     initiators: &Initiators,
 ) -> Result<Vec<Gpu>, MachineError> {
     let buses = fabric::buses(machine)?;
     let hives = fabric::hives(machine, checked);
     let mut links = fabric::links(machine, checked, &hives).into_iter();
-    let mut ranges = placed.iter().zip(&numbering.hbm_pxm).zip(&initiators.names);
+    let mut apertures = place::apertures(machine, window).into_iter();
+    let mut placed = placed.iter();
+    let mut numbers = numbering.pxm.iter().zip(&initiators.names);
     let mut gpus = Vec::new();
     for ((index, spanned), ((segment, bus), hive)) in
         machine.gpu.iter().enumerate().zip(buses.iter().zip(&hives))
     {
         let gpu = spanned.get_ref();
-        let hbm: Vec<Hbm> = ranges
+        let exposure = *gpu.exposure.get_ref();
+        let aperture = apertures.next().flatten();
+        let domains: Vec<Domain> = numbers
             .by_ref()
-            .take(*gpu.partitions.get_ref() as usize)
-            .map(|((range, pxm), name)| Hbm {
+            .take(gpu.domain_count() as usize)
+            .map(|(pxm, initiator)| Domain {
+                pxm: *pxm,
+                initiator: initiator.clone(),
+            })
+            .collect();
+        let ranges: Vec<Range> = match exposure {
+            Exposure::Spm => placed.by_ref().take(domains.len()).copied().collect(),
+            _ => place::other_hbm(machine, index, aperture.as_ref(), ram),
+        };
+        let pxm = |part: usize| match exposure {
+            Exposure::Spm | Exposure::Bar => domains.get(part).map(|domain| domain.pxm),
+            Exposure::Ram => u32::try_from(*gpu.cpu.get_ref()).ok(),
+            Exposure::Private => None,
+        };
+        let hbm: Vec<Hbm> = ranges
+            .iter()
+            .enumerate()
+            .map(|(part, range)| Hbm {
                 base: range.base,
                 size: range.size,
-                pxm: *pxm,
-                initiator: name.clone(),
+                pxm: pxm(part),
             })
             .collect();
         let cpu_pxm = u32::try_from(*gpu.cpu.get_ref()).unwrap_or(u32::MAX);
         let pci_pxm = match gpu.pci_node.get_ref() {
             PciNode::Cpu => cpu_pxm,
-            PciNode::Hbm => hbm.first().map_or(cpu_pxm, |hbm| hbm.pxm),
+            PciNode::Hbm => domains.first().map_or(cpu_pxm, |domain| domain.pxm),
         };
         gpus.push(Gpu {
             id: checked.ids.get(index).cloned().unwrap_or_default(),
@@ -360,10 +470,13 @@ fn gpus(
             },
             segment: *segment,
             bus: *bus,
-            exposure: *gpu.exposure.get_ref(),
+            exposure,
             cpu_pxm,
             pci_pxm,
             hbm,
+            domains,
+            aperture,
+            host_node: gpu.host_node.as_ref().map(|node| *node.get_ref()),
             hive_id: hive.id,
             hive_node: hive.node,
             hive_size: hive.size,
@@ -382,48 +495,81 @@ fn nodes(
 ) -> Vec<Node> {
     let linux = |pxm: u32| numbering.linux.get(&pxm).copied().unwrap_or(pxm);
     let mut ram = ram.iter().peekable();
+    let mut ranges = |pxm: u32| {
+        std::iter::from_fn(|| ram.next_if(|r| r.pxm == pxm))
+            .map(|r| Range {
+                base: r.base,
+                size: r.size,
+            })
+            .collect()
+    };
+    let brought_by = |pxm: u32| {
+        let mut gpus = gpus.iter();
+        gpus.find(|gpu| gpu.exposure == Exposure::Ram && gpu.cpu_pxm == pxm)
+    };
     let mut nodes: Vec<Node> = (0u32..)
         .zip(&checked.cpus)
-        .take(machine.cpu.len())
         .map(|(pxm, cpus)| Node {
             pxm,
             linux_node: linux(pxm),
             kind: NodeKind::Cpu,
             cpus: cpus.clone(),
-            ranges: std::iter::from_fn(|| ram.next_if(|r| r.pxm == pxm))
-                .map(|r| Range {
-                    base: r.base,
-                    size: r.size,
-                })
-                .collect(),
-            gpu: None,
+            ranges: ranges(pxm),
+            gpu: brought_by(pxm).map(|gpu| gpu.id.clone()),
+            cpu_pxm: Some(pxm),
             online: true,
         })
         .collect();
+    let first_memory = u32::try_from(nodes.len()).unwrap_or(u32::MAX);
+    nodes.extend(
+        (first_memory..)
+            .zip(&machine.memory)
+            .map(|(pxm, node)| Node {
+                pxm,
+                linux_node: linux(pxm),
+                kind: NodeKind::Hbm,
+                cpus: Vec::new(),
+                ranges: ranges(pxm),
+                gpu: None,
+                cpu_pxm: u32::try_from(*node.get_ref().cpu.get_ref()).ok(),
+                online: true,
+            }),
+    );
     for gpu in gpus {
-        nodes.extend(gpu.hbm.iter().map(|hbm| Node {
-            pxm: hbm.pxm,
-            linux_node: linux(hbm.pxm),
+        let memory = |domain: &Domain| {
+            let mut own = gpu.hbm.iter().filter(|_| gpu.exposure == Exposure::Spm);
+            own.find(|hbm| hbm.pxm == Some(domain.pxm)).map(Hbm::range)
+        };
+        nodes.extend(gpu.domains.iter().map(|domain| Node {
+            pxm: domain.pxm,
+            linux_node: linux(domain.pxm),
             kind: NodeKind::Hbm,
             cpus: Vec::new(),
-            ranges: vec![hbm.range()],
+            ranges: memory(domain).into_iter().collect(),
             gpu: Some(gpu.id.clone()),
-            online: hbm.initiator.is_some(),
+            cpu_pxm: Some(gpu.cpu_pxm),
+            online: domain.initiator.is_some(),
         }));
     }
     nodes.sort_by_key(|node| node.pxm);
     nodes
 }
 
+fn backing(machine: &Machine) -> Backing {
+    let described = &machine.backing;
+    let directory = described.directory.as_ref();
+    let page = described.page.as_ref();
+    Backing {
+        kind: *described.kind.get_ref(),
+        directory: directory.map(|directory| directory.get_ref().clone()),
+        page: page.map_or(2 * MIB, |page| page.get_ref().0),
+    }
+}
+
 fn warnings(gpus: &[Gpu]) -> Vec<String> {
     let mut warnings = Vec::new();
-    let ranges: usize = gpus.iter().map(|gpu| gpu.hbm.len()).sum();
-    if ranges > OVMF_MAX_RANGES {
-        warnings.push(format!(
-            "{ranges} HBM ranges: OVMF 2026.08 carries {OVMF_MAX_RANGES} and loses the rest; boot with SeaBIOS, which takes one memmap= argument for each"
-        ));
-    }
-    for gpu in gpus {
+    let spm = |gpu: &&Gpu| gpu.exposure == Exposure::Spm;
+    for gpu in gpus.iter().filter(spm) {
         for (partition, hbm) in gpu.hbm.iter().enumerate() {
             if !hbm.size.is_multiple_of(128 * MIB) || !hbm.base.is_multiple_of(128 * MIB) {
                 warnings.push(format!(

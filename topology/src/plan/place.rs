@@ -2,25 +2,165 @@
 
 use std::collections::BTreeMap;
 
-use super::{E820Entry, NodeRange, partition_size, partitions};
+use super::{Aperture, E820Entry, NodeRange, partitions};
 use crate::error::MachineError;
-use crate::machine::Machine;
-use crate::platform;
+use crate::machine::{Exposure, Gpu, Machine};
+use crate::platform::{self, Holes};
 use crate::ranges::{Range, Space};
 use crate::size::{GIB, Size};
 use crate::validate::{self, wrong};
 use crate::{E820_RAM, E820_RESERVED, E820_SOFT_RESERVED};
 
-/// RAM and the window's start, the window, and every HBM range in order.
+/// RAM and the window's start, the window, and every soft-reserved HBM range in order.
 type Placed = (platform::Layout, Range, Vec<Range>);
+
+/// Bytes of one partition of a GPU.
+fn partition_size(machine: &Machine, gpu: usize) -> u64 {
+    let gpu = machine.gpu.get(gpu);
+    gpu.map_or(0, |gpu| gpu.get_ref().partition_bytes())
+}
+
+/// What the 64-bit PCI hole has to hold.
+pub(crate) struct Hole64 {
+    /// HBM apertures.
+    pub apertures: usize,
+    /// Bytes that suffice wherever the hole begins.
+    pub bytes: u64,
+}
+
+/// What the 64-bit PCI hole has to hold: the apertures, room to align the largest, and what q35 has without any.
+pub(crate) fn pci_hole64_needed(machine: &Machine) -> Hole64 {
+    let sizes = machine
+        .gpu
+        .iter()
+        .filter_map(|gpu| gpu.get_ref().aperture_bytes());
+    let largest = sizes.clone().max().unwrap_or(0);
+    let sum = sizes.clone().fold(0, u64::saturating_add);
+    let bytes = sum.saturating_add(largest);
+    Hole64 {
+        apertures: sizes.count(),
+        bytes: bytes
+            .saturating_add(platform::PCI_HOLE64)
+            .checked_next_multiple_of(GIB)
+            .unwrap_or(u64::MAX),
+    }
+}
+
+/// The machine's holes.
+pub(super) fn holes(machine: &Machine) -> Holes {
+    let limits = &machine.limits;
+    let wanted = limits.pci_hole64.as_ref().map(|size| size.get_ref().0);
+    Holes {
+        below_4g: limits.pci_hole.as_ref().map(|size| size.get_ref().0),
+        pci_hole64: wanted.unwrap_or_else(|| pci_hole64_needed(machine).bytes),
+        amd: limits.amd_hole,
+    }
+}
+
+/// Where the apertures are for a VMM that places BARs itself: the largest first from the begin of the 64-bit PCI hole, each
+/// aligned to its size. Firmware that places BARs need not agree. The hole is below AMD's range or behind it, never across:
+/// see [`Holes::layout`].
+pub(super) fn apertures(machine: &Machine, window: Range) -> Vec<Option<Aperture>> {
+    let mut apertures: Vec<Option<Aperture>> = machine.gpu.iter().map(|_| None).collect();
+    let mut sizes: Vec<(usize, u64)> = machine
+        .gpu
+        .iter()
+        .enumerate()
+        .filter_map(|(index, gpu)| Some((index, gpu.get_ref().aperture_bytes()?)))
+        .collect();
+    sizes.sort_by_key(|(index, size)| (std::cmp::Reverse(*size), *index));
+    let mut next = window.end().next_multiple_of(GIB);
+    for (index, size) in sizes {
+        next = next.checked_next_multiple_of(size).unwrap_or(next);
+        if let Some(slot) = apertures.get_mut(index) {
+            *slot = Some(Aperture { base: next, size });
+        }
+        next = next.saturating_add(size);
+    }
+    apertures
+}
+
+/// HBM of a GPU that is not soft reserved: partitions from the start of its aperture, or its part of a node's RAM.
+pub(super) fn other_hbm(
+    machine: &Machine,
+    gpu: usize,
+    aperture: Option<&Aperture>,
+    ram: &[NodeRange],
+) -> Vec<Range> {
+    let Some(described) = machine.gpu.get(gpu).map(toml::Spanned::get_ref) else {
+        return Vec::new();
+    };
+    if let Some(aperture) = aperture {
+        let size = described.partition_bytes();
+        return (0..u64::from(*described.partitions.get_ref()))
+            .map(|partition| Range {
+                base: aperture.base.saturating_add(partition.saturating_mul(size)),
+                size,
+            })
+            .collect();
+    }
+    let node = *described.cpu.get_ref();
+    // Behind the node's own RAM and what GPUs before this one bring.
+    let own = machine
+        .cpu
+        .get(node)
+        .map_or(0, |n| n.get_ref().own_memory());
+    let before = machine.gpu.iter().take(gpu).map(toml::Spanned::get_ref);
+    let mut skip = before
+        .filter(|other| brings_ram(other, node))
+        .fold(own, |sum, other| sum.saturating_add(other.hbm.get_ref().0));
+    let mut left = described.hbm.get_ref().0;
+    let mut ranges = Vec::new();
+    for range in ram
+        .iter()
+        .filter(|range| usize::try_from(range.pxm) == Ok(node))
+    {
+        let skipped = skip.min(range.size);
+        skip -= skipped;
+        let size = (range.size - skipped).min(left);
+        left -= size;
+        if size > 0 {
+            ranges.push(Range {
+                base: range.base + skipped,
+                size,
+            });
+        }
+    }
+    ranges
+}
+
+/// Whether a GPU's HBM is RAM of this CPU node.
+fn brings_ram(gpu: &Gpu, node: usize) -> bool {
+    *gpu.exposure.get_ref() == Exposure::Ram && *gpu.cpu.get_ref() == node
+}
+
+/// Bytes of RAM of every node that has some: CPU nodes, then memory nodes.
+pub(super) fn ram_of_nodes(machine: &Machine) -> Vec<u64> {
+    let mut bytes: Vec<u64> = machine
+        .cpu
+        .iter()
+        .map(|node| node.get_ref().own_memory())
+        .collect();
+    for gpu in machine.gpu.iter().map(toml::Spanned::get_ref) {
+        if *gpu.exposure.get_ref() == Exposure::Ram
+            && let Some(node) = bytes.get_mut(*gpu.cpu.get_ref())
+        {
+            *node = node.saturating_add(gpu.hbm.get_ref().0);
+        }
+    }
+    let memory = machine.memory.iter();
+    bytes.extend(memory.map(|node| node.get_ref().memory.get_ref().0));
+    bytes
+}
 
 /// Places RAM and HBM.
 ///
 /// q35 puts RAM and the window beyond the HyperTransport range where they would reach it, which depends on the size of
 /// the window. So HBM is placed with everything low first, and if that reaches too far, again with everything high.
 pub(super) fn place(machine: &Machine, ram: u64) -> Result<Placed, MachineError> {
+    let holes = holes(machine);
     let at = |window: u64| -> Result<Placed, MachineError> {
-        let layout = platform::layout(ram, window).map_err(|error| {
+        let layout = holes.layout(ram, window).map_err(|error| {
             machine
                 .text
                 .error(0, "cpu", format!("RAM does not fit: {error}"), None)
@@ -35,7 +175,9 @@ pub(super) fn place(machine: &Machine, ram: u64) -> Result<Placed, MachineError>
         Ok((layout, range, placed))
     };
     let settled = |(layout, window, _): &Placed| {
-        platform::layout(ram, window.size).is_ok_and(|again| again == *layout)
+        holes
+            .layout(ram, window.size)
+            .is_ok_and(|again| again == *layout)
     };
     let low = at(0)?;
     let (layout, window, placed) = if settled(&low) {
@@ -45,7 +187,7 @@ pub(super) fn place(machine: &Machine, ram: u64) -> Result<Placed, MachineError>
         let mut high = at(low.1.size)?;
         if !settled(&high) {
             // HBM fits in less than what makes q35 move it there, so the window is as large as that takes.
-            high.1.size = high.1.size.max(platform::moving_window(base));
+            high.1.size = high.1.size.max(holes.moving_window(base));
         }
         high
     };
@@ -99,7 +241,7 @@ fn place_hbm(machine: &Machine, window_base: u64) -> Result<Vec<Range>, MachineE
         let what = format!("{what}{:#x}..{:#x}", range.base, range.end());
         if range.base < window_base {
             let message = format!("{what} is below {window_base:#x}, where device memory starts");
-            let why = if window_base < platform::AMD_HT.end() {
+            let why = if window_base < platform::AMD_HT.end() || !machine.limits.amd_hole {
                 "RAM and the PCI hole below 4 GiB end there"
             } else {
                 "the machine reaches AMD's HyperTransport range, so that RAM above 4 GiB and all HBM go behind it"
@@ -115,7 +257,7 @@ fn place_hbm(machine: &Machine, window_base: u64) -> Result<Vec<Range>, MachineE
             let help = Some(format!("the last address is {:#x}", (1u64 << 52) - 1));
             return Err(wrong(machine, base, key, message, help));
         }
-        if range.overlaps(&platform::AMD_HT) {
+        if machine.limits.amd_hole && range.overlaps(&platform::AMD_HT) {
             let message =
                 format!("{what} reaches into the range that AMD's HyperTransport reserves");
             let help = Some(format!(
@@ -155,7 +297,9 @@ fn place_hbm(machine: &Machine, window_base: u64) -> Result<Vec<Range>, MachineE
     for (_, range) in &fixed {
         space.reserve(around(*range));
     }
-    space.reserve(platform::AMD_HT);
+    if machine.limits.amd_hole {
+        space.reserve(platform::AMD_HT);
+    }
     let mut next_fixed = fixed.iter();
     let mut placed = Vec::new();
     let mut from = window_base;
@@ -210,13 +354,16 @@ fn check_bits(
     placed: &[Range],
 ) -> Result<(), MachineError> {
     let bits = *machine.limits.phys_bits.get_ref();
-    let used = platform::used_end(window.end());
+    let holes = holes(machine);
+    let used = holes.used_end(window.end());
     if used <= 1u64 << bits {
         return Ok(());
     }
     let needed = 64 - (used - 1).leading_zeros();
-    let beyond = |end: u64| platform::used_end(end) > 1u64 << bits;
-    let ram_alone = platform::layout(ram, 0).is_ok_and(|low| beyond(low.window_base));
+    let beyond = |end: u64| holes.used_end(end) > 1u64 << bits;
+    let ram_alone = holes
+        .layout(ram, 0)
+        .is_ok_and(|low| beyond(low.window_base));
     let all: Vec<_> = partitions(machine)
         .into_iter()
         .zip(placed)
@@ -243,7 +390,7 @@ fn check_bits(
             "RAM, {} of HBM in {} range(s) and the PCI window of {} behind them end at {used:#x}, but {bits} address bits end at {:#x}",
             Size(hbm),
             placed.len(),
-            Size(platform::PCI_HOLE64),
+            Size(holes.pci_hole64),
             1u64 << bits
         ),
         Some(if needed <= 52 {
@@ -254,13 +401,13 @@ fn check_bits(
     ))
 }
 
-/// Gives RAM to the CPU nodes in order, as QEMU does.
-pub(super) fn assign_ram(machine: &Machine, ram: &[Range]) -> Vec<NodeRange> {
+/// Gives RAM to the nodes in order, as QEMU does.
+pub(super) fn assign_ram(bytes: &[u64], ram: &[Range]) -> Vec<NodeRange> {
     let mut pieces = ram.iter().copied();
     let mut piece = pieces.next();
     let mut assigned = Vec::new();
-    for (pxm, node) in (0u32..).zip(&machine.cpu) {
-        let mut left = node.get_ref().memory.get_ref().0;
+    for (pxm, bytes) in (0u32..).zip(bytes) {
+        let mut left = *bytes;
         while let Some(range) = piece.filter(|_| left > 0) {
             let size = range.size.min(left);
             assigned.push(NodeRange {
@@ -345,7 +492,9 @@ mod tests {
         let plan = planned("1GiB", &gpu("4GiB", "base = \"1TiB\""), "");
         assert_eq!(bases(&plan), [1024]);
         assert_eq!(plan.window.base, 1 << 40);
-        let layout = platform::layout(GIB, plan.window.size).unwrap();
+        let layout = platform::Holes::default()
+            .layout(GIB, plan.window.size)
+            .unwrap();
         assert_eq!(layout.window_base, plan.window.base);
     }
 
@@ -354,7 +503,9 @@ mod tests {
         let gpus = gpu("255GiB", "").repeat(3);
         let plan = planned("1GiB", &gpus, "align = \"256GiB\"\ngap = \"1GiB\"");
         assert_eq!(bases(&plan), [1024, 1280, 1536]);
-        let layout = platform::layout(GIB, plan.window.size).unwrap();
+        let layout = platform::Holes::default()
+            .layout(GIB, plan.window.size)
+            .unwrap();
         assert_eq!(layout.window_base, plan.window.base);
     }
 

@@ -4,6 +4,7 @@ use std::fmt::{self, Write};
 
 use crate::plan::{Gpu, Plan};
 use crate::render::links;
+use crate::render::parts::{self, State};
 use crate::render::text::cpu_list;
 use crate::size::Size;
 
@@ -62,6 +63,16 @@ fn write_dot(plan: &Plan, out: &mut String) -> fmt::Result {
             "    \"{name}\" [label=\"{}\", fillcolor=\"#cfe3f5\"];",
             Quoted(&label)
         )?;
+        for memory in parts::memory_nodes(plan, node) {
+            let (name, part) = (links::node_name(plan, memory), parts::of_memory(memory));
+            let (size, pxms, nodes) = (Size(part.size), part.pxms(), part.nodes());
+            let label = format!("{name}\n{size} HBM\n{pxms}, Linux {nodes}");
+            writeln!(
+                out,
+                "    \"{name}\" [label=\"{}\", fillcolor=\"#fbe0bd\"];",
+                Quoted(&label)
+            )?;
+        }
         for gpu in gpus {
             writeln!(
                 out,
@@ -108,18 +119,13 @@ fn write_dot(plan: &Plan, out: &mut String) -> fmt::Result {
 
 fn gpu_label(plan: &Plan, gpu: &Gpu) -> String {
     let mut label = format!("{}\n{} {}", gpu.id, gpu.bdf, gpu.exposure);
-    for hbm in &gpu.hbm {
-        let node = plan.linux_node(hbm.pxm).unwrap_or_default();
-        let state = if plan.is_online(hbm.pxm) {
-            "online"
-        } else {
-            "possible"
+    for part in parts::of(plan, gpu) {
+        let (size, pxms, nodes) = (Size(part.size), part.pxms(), part.nodes());
+        label += &match part.state {
+            State::Online => format!("\n{size} HBM, {pxms}, Linux {nodes}, online"),
+            State::Possible => format!("\n{size} HBM, {pxms}, Linux {nodes}, possible"),
+            State::Nowhere => format!("\n{size} HBM in a BAR, no node"),
         };
-        label += &format!(
-            "\n{} HBM, PXM {}, Linux node {node}, {state}",
-            Size(hbm.size),
-            hbm.pxm
-        );
     }
     label
 }

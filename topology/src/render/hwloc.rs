@@ -5,6 +5,7 @@
 
 use std::fmt::{self, Write};
 
+use crate::machine::Exposure;
 use crate::plan::{Gpu, Node, NodeKind, Plan};
 use crate::render::links;
 use crate::render::xml::Escaped;
@@ -127,12 +128,7 @@ fn topology(plan: &Plan, w: &mut Writer) -> fmt::Result {
 
 /// A CPU node with the memory and the GPUs attached to it.
 fn package(plan: &Plan, cpu: &Node, gpus: &[&Gpu], w: &mut Writer) -> fmt::Result {
-    let hbm = |node: &&Node| {
-        node.kind == NodeKind::Hbm
-            && gpus
-                .iter()
-                .any(|gpu| gpu.hbm.iter().any(|hbm| hbm.pxm == node.pxm))
-    };
+    let hbm = |node: &&Node| node.kind == NodeKind::Hbm && node.cpu_pxm == Some(cpu.pxm);
     let mut members: Vec<&Node> = plan.nodes.iter().filter(hbm).collect();
     members.push(cpu);
     members.sort_by_key(|node| node.linux_node);
@@ -145,7 +141,7 @@ fn package(plan: &Plan, cpu: &Node, gpus: &[&Gpu], w: &mut Writer) -> fmt::Resul
         sets(&cpu.cpus, &nodes)
     )?;
     for node in members {
-        numa_node(cpu, node, w)?;
+        numa_node(plan, cpu, node, w)?;
     }
     let mut cpus = cpu.cpus.clone();
     cpus.sort_unstable();
@@ -166,12 +162,24 @@ fn package(plan: &Plan, cpu: &Node, gpus: &[&Gpu], w: &mut Writer) -> fmt::Resul
     Ok(())
 }
 
-fn numa_node(cpu: &Node, node: &Node, w: &mut Writer) -> fmt::Result {
+/// Subtypes as hwloc names them: `SPM` for soft-reserved memory, `HBM` for high-bandwidth RAM, `GPUMemory` for what a
+/// driver fills.
+fn subtype(plan: &Plan, node: &Node) -> &'static str {
+    let gpu = plan
+        .gpus
+        .iter()
+        .find(|gpu| node.gpu.as_ref() == Some(&gpu.id));
+    match (node.kind, gpu.map(|gpu| gpu.exposure)) {
+        (NodeKind::Cpu, None) => "DRAM",
+        (NodeKind::Hbm, Some(Exposure::Spm)) => "SPM",
+        (NodeKind::Hbm, Some(_)) => "GPUMemory",
+        (NodeKind::Cpu, Some(_)) | (NodeKind::Hbm, None) => "HBM",
+    }
+}
+
+fn numa_node(plan: &Plan, cpu: &Node, node: &Node, w: &mut Writer) -> fmt::Result {
     let bytes: u64 = node.ranges.iter().map(|range| range.size).sum();
-    let subtype = match node.kind {
-        NodeKind::Cpu => "DRAM",
-        NodeKind::Hbm => "SPM",
-    };
+    let subtype = subtype(plan, node);
     let number = w.number();
     writeln!(
         w.out,
@@ -211,12 +219,15 @@ fn device(plan: &Plan, gpu: &Gpu, w: &mut Writer) -> fmt::Result {
     if let Some(node) = plan.linux_node(gpu.pci_pxm) {
         w.info(12, "PCINode", &node.to_string())?;
     }
-    let nodes: Vec<String> = gpu
-        .hbm
+    let mut nodes: Vec<String> = gpu
+        .domains
         .iter()
-        .filter_map(|hbm| plan.linux_node(hbm.pxm))
+        .filter_map(|domain| plan.linux_node(domain.pxm))
         .map(|node| node.to_string())
         .collect();
+    if gpu.exposure == Exposure::Ram {
+        nodes.extend(plan.linux_node(gpu.cpu_pxm).map(|node| node.to_string()));
+    }
     w.info(12, "HBMNodes", &nodes.join(","))?;
     for link in &gpu.links {
         let text = format!("{}: {}", link.peer, links::label(link));

@@ -32,15 +32,24 @@ pub(super) fn cpu_name(pxm: u32) -> String {
     format!("cpu{pxm}")
 }
 
-/// `cpu0`, `gcd1`, or `gpu0/2` where a GPU has several partitions.
+/// Position among the memory nodes.
+fn memory_index(plan: &Plan, node: &Node) -> usize {
+    let memory = plan.ram_nodes().filter(|node| node.kind == NodeKind::Hbm);
+    memory.take_while(|other| other.pxm < node.pxm).count()
+}
+
+/// `cpu0`, `memory0`, `gcd1`, or `gpu0/2` where a GPU has several domains.
 pub(super) fn node_name(plan: &Plan, node: &Node) -> String {
-    let Some(id) = &node.gpu else {
+    if node.kind == NodeKind::Cpu {
         return cpu_name(node.pxm);
+    }
+    let Some(id) = &node.gpu else {
+        return format!("memory{}", memory_index(plan, node));
     };
     let gpu = plan.gpus.iter().find(|gpu| gpu.id == *id);
     let partition = gpu
-        .filter(|gpu| gpu.hbm.len() > 1)
-        .and_then(|gpu| gpu.hbm.iter().position(|hbm| hbm.pxm == node.pxm));
+        .filter(|gpu| gpu.domains.len() > 1)
+        .and_then(|gpu| gpu.domains.iter().position(|own| own.pxm == node.pxm));
     match partition {
         Some(partition) => format!("{id}/{partition}"),
         None => id.clone(),

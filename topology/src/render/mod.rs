@@ -3,6 +3,7 @@
 mod dot;
 mod hwloc;
 mod links;
+mod parts;
 mod svg;
 pub mod text;
 mod xml;

@@ -3,26 +3,31 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use crate::E820_SOFT_RESERVED;
+use crate::linux::{self, BootPath};
+use crate::machine::Exposure;
 use crate::plan::{NodeKind, Plan};
+use crate::predict::{notes, predict};
 use crate::render::e820_type;
 use crate::size::Size;
-use crate::{E820_SOFT_RESERVED, linux};
 
-/// Address map, node table, distances and links, at most 100 columns wide for machines of up to 16 nodes.
-pub fn text(plan: &Plan) -> String {
+/// Address map, node table, distances, links, and what Linux will make of it when it is booted this way, at most 100
+/// columns wide for machines of up to 16 nodes.
+pub fn text(plan: &Plan, boot: BootPath) -> String {
     let mut out = String::new();
     // Writing to a string cannot fail.
-    let _ = write_text(plan, &mut out);
+    let _ = write_text(plan, boot, &mut out);
     out
 }
 
-fn write_text(plan: &Plan, out: &mut String) -> std::fmt::Result {
+fn write_text(plan: &Plan, boot: BootPath, out: &mut String) -> std::fmt::Result {
     writeln!(out, "{}: {}", plan.name, plan.description)?;
     writeln!(out)?;
     writeln!(out, "memory map ({} address bits)", plan.phys_bits)?;
     let owners: BTreeMap<u64, &str> = plan
         .gpus
         .iter()
+        .filter(|gpu| gpu.exposure == Exposure::Spm)
         .flat_map(|gpu| gpu.hbm.iter().map(|hbm| (hbm.base, gpu.id.as_str())))
         .collect();
     for entry in &plan.e820 {
@@ -46,8 +51,15 @@ fn write_text(plan: &Plan, out: &mut String) -> std::fmt::Result {
     for node in &plan.nodes {
         let bytes: u64 = node.ranges.iter().map(|range| range.size).sum();
         let (kind, what) = match node.kind {
-            NodeKind::Cpu => ("cpu", cpu_list(&node.cpus)),
-            NodeKind::Hbm => ("hbm", node.gpu.clone().unwrap_or_default()),
+            NodeKind::Cpu => match &node.gpu {
+                None => ("cpu", cpu_list(&node.cpus)),
+                Some(gpu) => ("cpu", format!("{}, HBM of {gpu}", cpu_list(&node.cpus))),
+            },
+            NodeKind::Hbm => match (&node.gpu, node.cpu_pxm) {
+                (Some(gpu), _) => ("hbm", gpu.clone()),
+                (None, Some(cpu)) => ("hbm", format!("next to cpu{cpu}")),
+                (None, None) => ("hbm", String::new()),
+            },
         };
         let state = if node.online { "online" } else { "possible" };
         let memory = Size(bytes).to_string();
@@ -74,15 +86,30 @@ fn write_text(plan: &Plan, out: &mut String) -> std::fmt::Result {
     writeln!(out, "GPUs")?;
     for gpu in &plan.gpus {
         let node = plan.linux_node(gpu.pci_pxm).unwrap_or_default();
-        let pxms: Vec<String> = gpu.hbm.iter().map(|hbm| hbm.pxm.to_string()).collect();
-        writeln!(
+        write!(
             out,
-            "  {:8} {}  PCI node {node}  {}  HBM PXM {}",
-            gpu.id,
-            gpu.bdf,
-            gpu.exposure,
-            pxms.join(" ")
+            "  {:8} {}  PCI node {node}  {}  HBM ",
+            gpu.id, gpu.bdf, gpu.exposure
         )?;
+        match gpu.exposure {
+            Exposure::Ram => write!(out, "is RAM of PXM {}", gpu.cpu_pxm)?,
+            Exposure::Private => {}
+            Exposure::Spm | Exposure::Bar => {
+                let pxms: Vec<u32> = gpu.domains.iter().map(|domain| domain.pxm).collect();
+                write!(out, "PXM {}", cpu_list(&pxms).replace(',', " "))?;
+            }
+        }
+        if let Some(aperture) = &gpu.aperture {
+            let bytes = gpu.hbm.iter().map(|hbm| hbm.size).sum();
+            let comma = if gpu.exposure == Exposure::Bar {
+                ", "
+            } else {
+                ""
+            };
+            let size = Size(aperture.size);
+            write!(out, "{comma}{} in a BAR of {size}", Size(bytes))?;
+        }
+        writeln!(out)?;
         for link in &gpu.links {
             let speed = match link.bandwidth_mbs {
                 0 => String::new(),
@@ -92,10 +119,43 @@ fn write_text(plan: &Plan, out: &mut String) -> std::fmt::Result {
         }
     }
     writeln!(out)?;
-    writeln!(out, "guest kernel arguments (OVMF)")?;
-    let arguments =
-        linux::command_line(linux::BootPath::Ovmf, plan.guest.driver, &plan.hbm_ranges());
-    writeln!(out, "  {}", arguments.join(" "))?;
+    write_prediction(plan, boot, out)
+}
+
+fn write_prediction(plan: &Plan, boot: BootPath, out: &mut String) -> std::fmt::Result {
+    let prediction = predict(plan, boot);
+    writeln!(out, "Linux under {}", boot.words())?;
+    let arguments = linux::command_line(boot, plan.guest.driver, &plan.hbm_ranges());
+    if !arguments.is_empty() {
+        writeln!(out, "  kernel arguments  {}", arguments.join(" "))?;
+    }
+    writeln!(out, "  online nodes      {}", cpu_list(&prediction.online))?;
+    let nodes = prediction.possible.iter();
+    let offline = nodes.filter(|node| !prediction.online.contains(node));
+    let offline: Vec<u32> = offline.copied().collect();
+    if !offline.is_empty() {
+        writeln!(out, "  possible nodes    {}", cpu_list(&offline))?;
+    }
+    for (title, dax) in std::iter::once("dax devices")
+        .chain(std::iter::repeat(""))
+        .zip(&prediction.dax)
+    {
+        let last = dax.range.end().saturating_sub(1);
+        writeln!(
+            out,
+            "  {title:16}  {:#014x}-{last:#014x}  {:>9}  target node {}, near node {}",
+            dax.range.base,
+            Size(dax.range.size).to_string(),
+            dax.target_node,
+            dax.numa_node
+        )?;
+    }
+    for note in notes(plan) {
+        writeln!(out, "note: {note}")?;
+    }
+    for warning in &prediction.warnings {
+        writeln!(out, "warning: {warning}")?;
+    }
     for warning in &plan.warnings {
         writeln!(out, "warning: {warning}")?;
     }

@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use super::canvas::{Canvas, fit, number, text_width};
-use super::place::{Boxes, CpuBox, GpuBox, PARTITION, depth, place};
+use super::place::{Boxes, CPU_HEIGHT, CpuBox, GpuBox, PARTITION, Rect, depth, place};
 use super::{FAINT, HBM, INK, Part, RAM, heading};
 use crate::plan::{GpuLink, Plan};
 use crate::render::links::{self, Drawn};
+use crate::render::parts::{self, State};
 use crate::render::text::cpu_list;
 use crate::size::Size;
 
@@ -39,7 +40,7 @@ pub(super) fn draw(plan: &Plan) -> Result<Part, fmt::Error> {
     }
     attachments(&mut canvas, &boxes)?;
     for cpu in &boxes.cpus {
-        cpu_box(&mut canvas, cpu)?;
+        cpu_box(&mut canvas, plan, cpu)?;
     }
     for gpu in &boxes.gpus {
         gpu_box(&mut canvas, plan, gpu)?;
@@ -341,7 +342,7 @@ fn attachments(canvas: &mut Canvas, boxes: &Boxes<'_>) -> fmt::Result {
     Ok(())
 }
 
-fn cpu_box(canvas: &mut Canvas, cpu: &CpuBox<'_>) -> fmt::Result {
+fn cpu_box(canvas: &mut Canvas, plan: &Plan, cpu: &CpuBox<'_>) -> fmt::Result {
     let (rect, node) = (cpu.rect, cpu.node);
     let bytes: u64 = node.ranges.iter().map(|range| range.size).sum();
     let cpus = match node.cpus.len() {
@@ -365,7 +366,34 @@ fn cpu_box(canvas: &mut Canvas, cpu: &CpuBox<'_>) -> fmt::Result {
     canvas.text((x, rect.y + 35.0), small, &numbers)?;
     canvas.text((x, rect.y + 50.0), small, &fit(&cpus, room, 11.0))?;
     canvas.text((x, rect.y + 65.0), small, &format!("{} RAM", Size(bytes)))?;
+    let mut y = rect.y + CPU_HEIGHT;
+    for memory in parts::memory_nodes(plan, node) {
+        part_box(canvas, rect, y, &parts::of_memory(memory))?;
+        y += PARTITION;
+    }
     canvas.close()
+}
+
+/// A part of HBM in the box `rect`.
+fn part_box(canvas: &mut Canvas, rect: Rect, y: f64, part: &parts::Part) -> fmt::Result {
+    let dashes = match part.state {
+        State::Online => "",
+        State::Possible | State::Nowhere => " fill-opacity=\"0.45\" stroke-dasharray=\"4 3\"",
+    };
+    let (x, height) = (rect.middle(), PARTITION - 4.0);
+    canvas.rect(
+        (rect.x + 6.0, y, rect.w - 12.0, height),
+        &format!("rx=\"4\" fill=\"{HBM}\" stroke=\"{INK}\" stroke-width=\"0.9\"{dashes}"),
+    )?;
+    let size = format!("{} HBM", Size(part.size));
+    let bold = "font-size=\"11\" font-weight=\"bold\" text-anchor=\"middle\"";
+    canvas.text((x, y + 13.5), bold, &fit(&size, rect.w - 16.0, 11.0))?;
+    let numbers = match part.state {
+        State::Nowhere => "in a BAR, no node".to_owned(),
+        _ => format!("{} · {}", part.nodes(), part.pxms()),
+    };
+    let plain = "font-size=\"10.5\" text-anchor=\"middle\"";
+    canvas.text((x, y + 26.5), plain, &numbers)
 }
 
 fn gpu_box(canvas: &mut Canvas, plan: &Plan, of: &GpuBox<'_>) -> fmt::Result {
@@ -385,29 +413,8 @@ fn gpu_box(canvas: &mut Canvas, plan: &Plan, of: &GpuBox<'_>) -> fmt::Result {
     let faint = format!("font-size=\"10.5\" text-anchor=\"middle\" fill=\"{FAINT}\"");
     canvas.text((x, rect.y + 33.0), &faint, &pci)?;
     let mut y = rect.y + 41.0;
-    for hbm in &gpu.hbm {
-        let online = plan.is_online(hbm.pxm);
-        let node = plan.linux_node(hbm.pxm).unwrap_or_default();
-        let frame = match online {
-            true => format!("fill=\"{HBM}\" stroke=\"{INK}\" stroke-width=\"0.9\""),
-            false => format!(
-                "fill=\"{HBM}\" fill-opacity=\"0.45\" stroke=\"{INK}\" stroke-width=\"0.9\" stroke-dasharray=\"4 3\""
-            ),
-        };
-        let height = PARTITION - 4.0;
-        canvas.rect(
-            (rect.x + 6.0, y, rect.w - 12.0, height),
-            &format!("rx=\"4\" {frame}"),
-        )?;
-        let size = format!("{} HBM", Size(hbm.size));
-        let bold = "font-size=\"11\" font-weight=\"bold\" text-anchor=\"middle\"";
-        canvas.text((x, y + 13.5), bold, &fit(&size, rect.w - 16.0, 11.0))?;
-        let numbers = format!("node {node} · PXM {}", hbm.pxm);
-        canvas.text(
-            (x, y + 26.5),
-            "font-size=\"10.5\" text-anchor=\"middle\"",
-            &numbers,
-        )?;
+    for part in parts::of(plan, gpu) {
+        part_box(canvas, rect, y, &part)?;
         y += PARTITION;
     }
     canvas.close()
@@ -460,17 +467,22 @@ fn legend(
         end = item(canvas, "attached, no link given", None, &stroke)?;
     }
     let frame = format!("fill=\"{HBM}\" stroke=\"{INK}\" stroke-width=\"0.9\"");
-    if plan.hbm().any(|hbm| plan.is_online(hbm.pxm)) {
+    let states: Vec<State> = plan
+        .gpus
+        .iter()
+        .flat_map(|gpu| parts::of(plan, gpu))
+        .map(|part| part.state)
+        .collect();
+    if states.contains(&State::Online) {
         end = item(canvas, "HBM node, online at boot", Some(true), &frame)?;
     }
-    if plan.hbm().any(|hbm| !plan.is_online(hbm.pxm)) {
-        let dashed = format!("{frame} fill-opacity=\"0.45\" stroke-dasharray=\"4 3\"");
-        end = item(
-            canvas,
-            "HBM node, possible: not online at boot",
-            Some(false),
-            &dashed,
-        )?;
+    let dashed = format!("{frame} fill-opacity=\"0.45\" stroke-dasharray=\"4 3\"");
+    if states.contains(&State::Possible) {
+        let text = "HBM node, possible: not online at boot";
+        end = item(canvas, text, Some(false), &dashed)?;
+    }
+    if states.contains(&State::Nowhere) {
+        end = item(canvas, "HBM without a node", Some(false), &dashed)?;
     }
     Ok(end + 12.0)
 }

@@ -130,7 +130,8 @@ fn used(plan: &Plan, entry: &E820Entry) -> Segment {
             let pxms: Vec<String> = plan
                 .hbm()
                 .filter(|hbm| within(&hbm.range()))
-                .map(|hbm| hbm.pxm.to_string())
+                .filter_map(|hbm| hbm.pxm)
+                .map(|pxm| pxm.to_string())
                 .collect();
             let owner = format!("PXM {}, {node}", pxms.join(","));
             (HBM, format!("HBM of {}", names.join(", ")), owner)

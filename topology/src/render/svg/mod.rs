@@ -96,7 +96,12 @@ fn summary(plan: &Plan) -> String {
         1 => format!("1 {what}"),
         count => format!("{count} {what}s"),
     };
-    let hbm: u64 = plan.hbm().map(|hbm| hbm.size).sum();
+    let hbm: u64 = plan
+        .gpus
+        .iter()
+        .flat_map(|gpu| &gpu.hbm)
+        .map(|hbm| hbm.size)
+        .sum();
     [
         several(count(NodeKind::Cpu), "CPU node"),
         several(plan.cpu_count(), "CPU"),

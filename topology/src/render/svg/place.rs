@@ -1,8 +1,8 @@
 //! Where boxes are: CPU nodes in one row or two, their GPUs on the inner side, so that links run between the rows.
 
 use super::canvas::number;
-use crate::plan::{Gpu, Node, Plan};
-use crate::render::links;
+use crate::plan::{Gpu, Node, NodeKind, Plan};
+use crate::render::{links, parts};
 
 pub(super) const GPU_WIDTH: f64 = 132.0;
 pub(super) const CPU_HEIGHT: f64 = 76.0;
@@ -65,7 +65,7 @@ pub(super) struct Boxes<'a> {
 }
 
 fn gpu_height(gpu: &Gpu) -> f64 {
-    GPU_HEAD + number(gpu.hbm.len()) * PARTITION + 4.0
+    GPU_HEAD + number(parts::count(gpu)) * PARTITION + 4.0
 }
 
 /// How deep a link between GPUs of one row hangs.
@@ -105,6 +105,9 @@ pub(super) fn place(plan: &Plan) -> Boxes<'_> {
         bottom: TOP,
         roomy,
     };
+    let memory = plan.ram_nodes().filter(|node| node.kind == NodeKind::Cpu);
+    let memory = memory.map(|cpu| parts::memory_nodes(plan, cpu).count());
+    let cpu_height = CPU_HEIGHT + number(memory.max().unwrap_or(0)) * PARTITION;
     let widths = rows.map(|row| row_width(row, gap));
     boxes.width = widths.iter().copied().fold(0.0, f64::max);
     for (index, (row, width)) in rows.into_iter().zip(widths).enumerate() {
@@ -117,10 +120,10 @@ pub(super) fn place(plan: &Plan) -> Boxes<'_> {
             .map(|gpu| gpu_height(gpu))
             .fold(0.0, f64::max);
         let drop = if tallest > 0.0 { DROP } else { 0.0 };
-        let height = CPU_HEIGHT + drop + tallest + 2.0 * PAD;
+        let height = cpu_height + drop + tallest + 2.0 * PAD;
         let top = boxes.bottom;
         let (cpu_y, gpu_y) = match index {
-            0 => (top + PAD, top + PAD + CPU_HEIGHT + drop),
+            0 => (top + PAD, top + PAD + cpu_height + drop),
             _ => (top + PAD + tallest + drop, top + PAD),
         };
         let mut x = (boxes.width - width) / 2.0;
@@ -133,7 +136,7 @@ pub(super) fn place(plan: &Plan) -> Boxes<'_> {
                     x: x + PAD,
                     y: cpu_y,
                     w: inner,
-                    h: CPU_HEIGHT,
+                    h: cpu_height,
                 },
                 ground: Rect {
                     x,

@@ -49,10 +49,18 @@ pub enum Format {
     Acpi,
     /// The memory map for Linux's boot protocol: text, or with -o a zero page, with entries beyond 128 as setup_data behind it.
     BootParams,
+    /// The memory map as fw_cfg's etc/e820: hexadecimal, or with -o bytes.
+    FwCfgE820,
+    /// The memory map for the PVH entry point: hexadecimal, or with -o bytes.
+    PvhMemmap,
+    /// The memory map as EFI memory descriptors: hexadecimal, or with -o bytes.
+    EfiMemmap,
     /// A QEMU command line.
     Qemu,
     /// The kernel arguments that the guest needs.
     LinuxCmdline,
+    /// One JSON object: what Linux will make of the machine, booted this way, and what is lost on the way.
+    Prediction,
     /// A picture: memory map, nodes, GPUs, links, distances.
     Svg,
     /// A graph for Graphviz.
@@ -68,6 +76,10 @@ pub enum Boot {
     Ovmf,
     /// SeaBIOS, with memmap= arguments that announce HBM.
     Seabios,
+    /// qboot, which hands the memory map to the kernel as it is, but knows no PCI bridges.
+    Qboot,
+    /// A VMM that loads the kernel itself, with the plan's own memory map and ACPI tables.
+    Direct,
 }
 
 impl Boot {
@@ -76,19 +88,32 @@ impl Boot {
         match self {
             Boot::Ovmf => BootPath::Ovmf,
             Boot::Seabios => BootPath::SeaBios,
+            Boot::Qboot => BootPath::Qboot,
+            Boot::Direct => BootPath::Direct,
         }
     }
+}
+
+/// Which machine.
+#[derive(clap::Args)]
+pub struct MachineArgs {
+    /// Preset or TOML file.
+    pub machine: String,
+    /// Make it small enough for a guest on an ordinary host: one CPU for each CPU node, at most 512 MiB of RAM for each node
+    /// (1 GiB if there is only one). Nodes, distances, links and HBM that is not RAM stay.
+    #[arg(long)]
+    pub small: bool,
 }
 
 /// Arguments of `plan`.
 #[derive(clap::Args)]
 pub struct PlanArgs {
-    /// Preset or TOML file.
-    pub machine: String,
+    #[command(flatten)]
+    pub machine: MachineArgs,
     /// What to write.
     #[arg(long, value_enum, default_value = "text")]
     pub format: Format,
-    /// Firmware that `qemu` and `linux-cmdline` are for.
+    /// How the guest is booted, for `text`, `qemu`, `linux-cmdline` and `prediction`.
     #[arg(long, value_enum, default_value = "ovmf")]
     pub boot: Boot,
     /// Directory of the sockets in `qemu`.
@@ -105,8 +130,8 @@ pub struct PlanArgs {
 /// Arguments of `serve`.
 #[derive(clap::Args)]
 pub struct ServeArgs {
-    /// Preset or TOML file.
-    pub machine: String,
+    #[command(flatten)]
+    pub machine: MachineArgs,
     /// Existing directory for one socket per GPU, named as in `plan --format qemu`.
     #[arg(long, value_name = "DIR")]
     pub socket_dir: PathBuf,
@@ -119,9 +144,9 @@ pub struct ServeArgs {
 /// Arguments of `run`.
 #[derive(clap::Args)]
 pub struct RunArgs {
-    /// Preset or TOML file.
-    pub machine: String,
-    /// Exit with 1 unless the guest saw exactly what was planned; list only what differs.
+    #[command(flatten)]
+    pub machine: MachineArgs,
+    /// Exit with 1 unless the guest saw exactly what was planned.
     #[arg(long)]
     pub verify: bool,
     /// QEMU 11.1 or newer; by default the one of `cargo xtask guest`, else qemu-system-x86_64.
@@ -142,8 +167,8 @@ pub struct RunArgs {
         allow_hyphen_values = true
     )]
     pub append: String,
-    /// `ovmf`, `seabios`, or the file of an OVMF of edk2-stable202605 or newer.
-    #[arg(long, value_name = "ovmf|seabios|PATH", default_value = "ovmf")]
+    /// `ovmf`, `seabios`, `qboot`, or the file of an OVMF of edk2-stable202605 or newer.
+    #[arg(long, value_name = "ovmf|seabios|qboot|PATH", default_value = "ovmf")]
     pub firmware: String,
     /// Accelerator; by default kvm where a Linux guest runs under it, else tcg.
     #[arg(long, value_name = "kvm|tcg", value_parser = ["kvm", "tcg"])]

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use numagpu_topology::linux::BootPath;
 use numagpu_topology::verify::{table, verify};
-use numagpu_topology::{Plan, seen::Report};
+use numagpu_topology::{Plan, predict, seen::Report};
 use numagpu_vmm_glue::assets::{Assets, Kernel};
 use numagpu_vmm_glue::run::{self, Interrupt, Options, Watch};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::RunArgs;
-use crate::{Failure, is_closed, machine, print, tell};
+use crate::{Failure, is_closed, machine, print, tell, warn};
 
 /// Says on the terminal how far a run is.
 struct Terminal {
@@ -72,6 +72,12 @@ fn options(args: &RunArgs) -> anyhow::Result<Options> {
     };
     let (boot, firmware) = match args.firmware.as_str() {
         "seabios" => (BootPath::SeaBios, None),
+        "qboot" => {
+            let provided = assets.as_ref().ok().and_then(|a| a.qemu.qboot.clone());
+            // QEMU finds its own by name.
+            let own = PathBuf::from("qboot.rom");
+            (BootPath::Qboot, Some(provided.unwrap_or(own)))
+        }
         "ovmf" => {
             let ovmf = &need()?.ovmf;
             let combined = ovmf.combined.clone();
@@ -108,10 +114,8 @@ fn options(args: &RunArgs) -> anyhow::Result<Options> {
 /// Boots, compares, says how it went.
 pub fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     let plan = machine::load(&args.machine)?;
-    for warning in &plan.warnings {
-        tell(format_args!("warning: {warning}"));
-    }
     let options = options(args)?;
+    warn(&plan, &predict(&plan, options.boot));
     if args.verify && !options.agent {
         return Err(Failure::Input(anyhow!(
             "--verify needs the guest agent, which a kernel or initrd of your own does not have"
@@ -148,15 +152,12 @@ fn compare(
     report: &Report,
     strict: bool,
 ) -> Result<ExitCode, Failure> {
-    let facts = verify(plan, report);
-    let firmware = match options.boot {
-        BootPath::Ovmf => "OVMF",
-        BootPath::SeaBios => "SeaBIOS with memmap= arguments",
-    };
+    let facts = verify(plan, options.boot, report);
     let text = format!(
-        "{} on Linux {}, {firmware}\n{}",
+        "{} on Linux {}, {}\n{}",
         plan.name,
         report.kernel,
+        options.boot.words(),
         table(&facts, true)
     );
     let mut out = io::stdout().lock();
@@ -165,7 +166,10 @@ fn compare(
         Err(error) if is_closed(&error) => {}
         other => other?,
     }
-    if report.soft_reserved.is_empty() && !plan.gpus.is_empty() && options.boot == BootPath::Ovmf {
+    if report.soft_reserved.is_empty()
+        && plan.hbm().next().is_some()
+        && options.boot == BootPath::Ovmf
+    {
         tell(format_args!(
             "numagpu: the firmware announced none of the {} soft-reserved ranges: it needs edk2-stable202605 or newer; run `cargo xtask guest`, give --firmware PATH, or use --firmware seabios",
             plan.hbm_ranges().len()

@@ -6,18 +6,21 @@ use anyhow::anyhow;
 use numagpu_topology::{Plan, preset};
 
 use crate::Failure;
+use crate::args::MachineArgs;
 
 /// Largest description that is read; the largest preset has under 10 KiB.
 const MAX_FILE: u64 = 4 << 20;
 
 /// Plans a preset or a file.
-pub fn load(machine: &str) -> Result<Plan, Failure> {
+pub fn load(args: &MachineArgs) -> Result<Plan, Failure> {
+    let machine = args.machine.as_str();
     let (file, text) = match preset::find(machine) {
         Some(preset) => (preset.name.to_owned(), preset.source.to_owned()),
         None => (machine.to_owned(), read(machine).map_err(Failure::Input)?),
     };
     let machine =
         numagpu_topology::parse(&file, &text).map_err(|error| Failure::Input(error.into()))?;
+    let machine = if args.small { machine.small() } else { machine };
     numagpu_topology::plan(&machine).map_err(|error| Failure::Input(error.into()))
 }
 

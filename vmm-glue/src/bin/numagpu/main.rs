@@ -16,7 +16,9 @@ use anyhow::Context;
 use clap::{CommandFactory, Parser};
 use numagpu_topology::machine::Mark;
 use numagpu_topology::qemu::Host;
-use numagpu_topology::{Plan, acpi, linux, memory_map, preset, qemu, render, schema};
+use numagpu_topology::{
+    Plan, Prediction, acpi, linux, memory_map, predict, preset, qemu, render, schema,
+};
 
 use args::{Args, Command, Format, PlanArgs};
 
@@ -171,9 +173,31 @@ fn boot_params(plan: &Plan, path: &Path) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Writes bytes into a file, or shows them as hexadecimal.
+fn bytes(bytes: &[u8], args: &PlanArgs) -> Result<ExitCode, Failure> {
+    match &args.output {
+        Some(path) => {
+            std::fs::write(path, bytes).with_context(|| format!("write {}", path.display()))?;
+        }
+        None => print(memory_map::hex(bytes).as_bytes())?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says what the reader should know before booting.
+fn warn(plan: &Plan, prediction: &Prediction) {
+    for warning in &prediction.warnings {
+        tell(format_args!("warning: {warning}"));
+    }
+    for warning in &plan.warnings {
+        tell(format_args!("warning: {warning}"));
+    }
+}
+
 fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
     let plan = machine::load(&args.machine)?;
     let boot = args.boot.path();
+    let prediction = predict(&plan, boot);
     let text = match args.format {
         Format::Acpi => match &args.output {
             Some(path) => return acpi(&plan, path),
@@ -183,7 +207,11 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
             Some(path) => return boot_params(&plan, path),
             None => memory_map::boot_params(&plan).dump(),
         },
-        Format::Text => render::text(&plan),
+        Format::FwCfgE820 => return bytes(&memory_map::fw_cfg_e820(&plan), args),
+        Format::PvhMemmap => return bytes(&memory_map::pvh_memory_map(&plan), args),
+        Format::EfiMemmap => return bytes(&memory_map::efi_memory_map(&plan), args),
+        Format::Prediction => serde_json::to_string_pretty(&prediction)? + "\n",
+        Format::Text => render::text(&plan, boot),
         Format::Json => render::json(&plan)?,
         Format::E820 => render::e820(&plan),
         Format::Qemu => {
@@ -204,10 +232,8 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
         }
         None => print(text.as_bytes())?,
     }
-    if !matches!(args.format, Format::Text) {
-        for warning in &plan.warnings {
-            tell(format_args!("warning: {warning}"));
-        }
+    if !matches!(args.format, Format::Text | Format::Prediction) {
+        warn(&plan, &prediction);
     }
     Ok(ExitCode::SUCCESS)
 }
