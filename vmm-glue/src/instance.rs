@@ -69,7 +69,7 @@ impl Instance {
                 partitions.push(PartitionConfig {
                     base: hbm.base,
                     size: hbm.size,
-                    pxm: hbm.pxm,
+                    pxm: Some(hbm.pxm),
                     store,
                 });
             }
