@@ -1,11 +1,12 @@
-//! Host memory behind one HBM partition: an anonymous file, or a file in a directory of the user's choice.
+//! Host memory behind HBM: an anonymous file, or a file in a directory of the user's choice. There is one for each
+//! partition, or where a client maps a BAR, one for all partitions of a GPU.
 //!
 //! Both are sparse: a page costs memory or disk once it is written. The VMM maps the very same file, so what a
 //! guest's CPU writes is what the device reads, with no copy between.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,6 +31,14 @@ pub enum HbmError {
         /// Name of the partition.
         name: String,
         /// Bytes asked for.
+        size: u64,
+    },
+    /// Parts that are not just all of the memory.
+    #[error("parts of {parts:?} bytes are not just the {size} bytes of the memory")]
+    Parts {
+        /// Bytes of each part.
+        parts: Vec<u64>,
+        /// Bytes of the memory.
         size: u64,
     },
     /// The name is no file name.
@@ -83,7 +92,7 @@ fn in_words(bytes: Option<u64>) -> String {
     bytes.map_or_else(String::new, |free| format!(" and {free} are free"))
 }
 
-/// The memory of one HBM partition, mapped into this process, all zeros at first.
+/// Memory of HBM, mapped into this process, all zeros at first.
 #[derive(Debug)]
 pub struct HbmBacking {
     file: Arc<File>,
@@ -195,17 +204,78 @@ impl HbmBacking {
         })
     }
 
-    /// Overwrites everything with zeros, for file systems that cannot punch holes.
-    fn write_zeros(&self) -> io::Result<()> {
+    /// Makes bytes inside the memory zero and gives their pages back.
+    fn scrub_range(&self, offset: u64, size: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        loop {
+            match fallocate(&*self.file, flags, offset, size) {
+                Err(Errno::INTR) => {}
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => return self.write_zeros(offset, size),
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    /// Overwrites with zeros, for file systems that cannot punch holes.
+    fn write_zeros(&self, offset: u64, size: u64) -> io::Result<()> {
         let zeros = vec![0; 1 << 20];
         let mut at = 0;
-        while at < self.size {
-            let left = usize::try_from(self.size - at).unwrap_or(usize::MAX);
+        while at < size {
+            let left = usize::try_from(size - at).unwrap_or(usize::MAX);
             let piece = zeros.get(..left).unwrap_or(&zeros);
-            self.file.write_all_at(piece, at)?;
+            self.file.write_all_at(piece, offset.saturating_add(at))?;
             at += piece.len() as u64;
         }
         Ok(())
+    }
+
+    /// Divides the memory into parts of so many bytes, one behind the other: partitions that a client maps as one.
+    ///
+    /// # Errors
+    /// [`HbmError::Parts`] if the parts are not just all of the memory, [`HbmError::Host`] if the host gives no
+    /// descriptor for clients.
+    pub fn split(self: &Arc<Self>, parts: &[u64]) -> Result<Vec<HbmPart>, HbmError> {
+        let all = parts
+            .iter()
+            .try_fold(0_u64, |all, size| all.checked_add(*size));
+        if all != Some(self.size) || parts.contains(&0) {
+            return Err(HbmError::Parts {
+                parts: parts.to_vec(),
+                size: self.size,
+            });
+        }
+        let lent = self.lend().map_err(|errno| HbmError::Host {
+            doing: "open a second time",
+            name: self.path.as_deref().map_or_else(
+                || "without a name".to_owned(),
+                |path| path.display().to_string(),
+            ),
+            size: self.size,
+            source: errno.into(),
+        })?;
+        let lent = Arc::new(lent);
+        let mut next = 0;
+        let part = |size: &u64| {
+            let offset = next;
+            next += size;
+            HbmPart {
+                whole: Arc::clone(self),
+                lent: Arc::clone(&lent),
+                offset,
+                size: *size,
+            }
+        };
+        Ok(parts.iter().map(part).collect())
+    }
+
+    /// A descriptor for a client. It does not share the lock of a named file: a client that outlives this process
+    /// would keep the next one out.
+    fn lend(&self) -> Result<OwnedFd, Errno> {
+        if self.path.is_none() {
+            return rustix::io::fcntl_dupfd_cloexec(&*self.file, 3);
+        }
+        let again = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        open(again, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
     }
 }
 
@@ -296,14 +366,45 @@ impl HbmStore for HbmBacking {
     }
 
     fn scrub(&self) -> io::Result<()> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        loop {
-            match fallocate(&*self.file, flags, 0, self.size) {
-                Err(Errno::INTR) => {}
-                Err(Errno::OPNOTSUPP | Errno::NOSYS) => return self.write_zeros(),
-                other => return Ok(other?),
-            }
-        }
+        self.scrub_range(0, self.size)
+    }
+}
+
+/// A part of a memory, as one partition that a client maps together with others. Made by [`HbmBacking::split`].
+#[derive(Debug)]
+pub struct HbmPart {
+    whole: Arc<HbmBacking>,
+    lent: Arc<OwnedFd>,
+    offset: u64,
+    size: u64,
+}
+
+impl HbmStore for HbmPart {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn slice(&self, offset: u64, len: u64) -> Result<VolatileSlice<'_>, VolatileMemoryError> {
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size);
+        let at = if inside {
+            self.offset + offset
+        } else {
+            // Outside the whole memory too: it refuses.
+            u64::MAX
+        };
+        self.whole.slice(at, len)
+    }
+
+    fn backing(&self) -> (BackingId, u64) {
+        (self.whole.id, self.offset)
+    }
+
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.lent.as_fd())
+    }
+
+    fn scrub(&self) -> io::Result<()> {
+        self.whole.scrub_range(self.offset, self.size)
     }
 }
 
@@ -384,10 +485,62 @@ mod tests {
         let hbm = HbmBacking::memfd("x", (3 << 20) + 5).unwrap();
         let all = hbm.slice(0, hbm.size()).unwrap();
         all.write_slice(&vec![7; all.len()], 0).unwrap();
-        hbm.write_zeros().unwrap();
+        hbm.write_zeros(0, hbm.size()).unwrap();
         let mut seen = vec![1; all.len()];
         all.read_slice(&mut seen, 0).unwrap();
         assert!(seen.iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn parts_are_the_memory_one_behind_the_other_and_scrubbed_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        for whole in [
+            HbmBacking::memfd("x", 0x6000).unwrap(),
+            HbmBacking::in_dir(dir.path(), "x", 0x6000).unwrap(),
+        ] {
+            let whole = Arc::new(whole);
+            let parts = whole.split(&[0x1000, 0x3000, 0x2000]).unwrap();
+            let (id, _) = whole.backing();
+            let places: Vec<_> = parts.iter().map(HbmStore::backing).collect();
+            assert_eq!(places, [(id, 0), (id, 0x1000), (id, 0x4000)]);
+            let all = whole.slice(0, 0x6000).unwrap();
+            all.write_slice(&[7; 0x6000], 0).unwrap();
+            let part = &parts[1];
+            assert_eq!(part.size(), 0x3000);
+            part.slice(0x2ff8, 8).unwrap().write_obj(9_u64, 0).unwrap();
+            assert_eq!(all.read_obj::<u64>(0x3ff8).unwrap(), 9);
+            assert!(part.slice(0x2ff8, 9).is_err(), "the next partition's");
+            assert!(part.slice(0, 0x3001).is_err());
+            assert!(part.slice(u64::MAX, 1).is_err());
+            assert!(part.slice(1, u64::MAX).is_err());
+            part.scrub().unwrap();
+            let seen = |at| all.read_obj::<u8>(at).unwrap();
+            assert_eq!([0, 0xfff, 0x1000, 0x3fff].map(seen), [7, 7, 0, 0]);
+            assert_eq!([0x4000, 0x5fff].map(seen), [7, 7]);
+            let lent = part.file().unwrap();
+            let mut byte = [0];
+            assert_eq!(rustix::io::pread(lent, &mut byte, 0xfff), Ok(1));
+            assert_eq!(byte, [7]);
+            for wrong in [&[0x6000, 0][..], &[0x5000], &[], &[u64::MAX, 0x6001]] {
+                let error = whole.split(wrong).unwrap_err();
+                assert!(error.to_string().contains("24576"), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_client_that_outlives_us_holds_no_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let hbm = Arc::new(HbmBacking::in_dir(dir.path(), "hbm", 4096).unwrap());
+        let parts = hbm.split(&[4096]).unwrap();
+        let client = parts[0].file().unwrap().try_clone_to_owned().unwrap();
+        // A name of its own for the file, by which the next one finds it.
+        let kept = dir.path().join("kept");
+        std::fs::hard_link(dir.path().join("hbm"), &kept).unwrap();
+        drop((hbm, parts));
+        let next = open(&kept, OFlags::RDWR, Mode::empty()).unwrap();
+        let lock = flock(&next, FlockOperation::NonBlockingLockExclusive);
+        assert!(lock.is_ok(), "{client:?}");
     }
 
     #[test]
