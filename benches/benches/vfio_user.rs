@@ -81,6 +81,7 @@ impl Line {
             size: 4096,
             is_64bit: false,
             prefetchable: false,
+            mappable: Vec::new(),
         };
         let layout = FunctionLayout {
             bars: vec![bar],

@@ -4,13 +4,23 @@
 //! gives it two things in return: a [`DmaPort`] to reach guest memory and an [`InterruptSink`]. Devices know no
 //! transport; transports know no GPU.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use thiserror::Error;
 use vm_memory::{VolatileMemoryError, VolatileSlice};
 
-/// Size and kind of one base address register.
+/// A part of a BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Area {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// Size and kind of one base address register.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bar {
     /// BAR number, 0 to 5; a 64-bit BAR also takes the next number.
     pub index: u8,
@@ -20,6 +30,9 @@ pub struct Bar {
     pub is_64bit: bool,
     /// Whether reads have no side effects.
     pub prefetchable: bool,
+    /// Parts that a client may map from [`PciFunction::bar_file`] instead of asking for each access: multiples of
+    /// 4096 bytes, ascending, disjoint. They are plain memory, without side effects. Empty where there is no file.
+    pub mappable: Vec<Area>,
 }
 
 /// What a transport has to know of a function before it serves it. Constant for the function's life.
@@ -160,6 +173,11 @@ pub trait PciFunction: Send + Sync {
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]);
     /// Writes a BAR.
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]);
+    /// The file that a client maps the [mappable](Bar::mappable) parts of a BAR from, shared; offsets in it are
+    /// offsets in the BAR. The same for the function's life. None if no part of the BAR is mappable.
+    fn bar_file(&self, _bar: u8) -> Option<BorrowedFd<'_>> {
+        None
+    }
     /// Resets the function. HBM that drivers owned is scrubbed and free afterwards.
     fn reset(&self, kind: ResetKind);
 }
@@ -175,6 +193,10 @@ pub trait HbmStore: Send + Sync {
     fn slice(&self, offset: u64, len: u64) -> Result<VolatileSlice<'_>, VolatileMemoryError>;
     /// Which file backs it, and at which offset of the file it starts.
     fn backing(&self) -> (BackingId, u64);
+    /// The file that [`HbmStore::backing`] names, for a client to map. None if the memory is in no file.
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
     /// Makes every byte read as zero and gives the pages back to the host.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! Whether the VMM really shows a partition's memory at its planned address.
+//! Whether the VMM really shows a partition's memory at its planned address. HBM behind an aperture has none to judge.
 
 use numagpu_spec::regs::Coherence;
 

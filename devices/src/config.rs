@@ -6,7 +6,8 @@ use std::time::Duration;
 use numagpu_spec::{pci, regs};
 use thiserror::Error;
 
-use crate::bus::HbmStore;
+use crate::aperture::{ApertureConfig, ApertureError};
+use crate::bus::{Bar, HbmStore};
 use crate::clock::{Clock, HostClock};
 use crate::fabric::FabricError;
 use crate::registers::TableError;
@@ -44,12 +45,13 @@ impl Default for PciIds {
 /// One HBM partition.
 #[derive(Clone)]
 pub struct PartitionConfig {
-    /// First guest physical address, a multiple of 4096.
+    /// First address for packets, a multiple of 4096: the guest physical address, or in a GPU with an aperture any
+    /// address at which the guest has no memory.
     pub base: u64,
     /// Bytes, a multiple of 4096 above 0, equal to the store's size.
     pub size: u64,
-    /// ACPI proximity domain.
-    pub pxm: u32,
+    /// ACPI proximity domain, if the machine's firmware gives it one.
+    pub pxm: Option<u32>,
     /// Its memory; reads as zeros.
     pub store: Arc<dyn HbmStore>,
 }
@@ -75,8 +77,10 @@ pub struct GpuConfig {
     pub index: u32,
     /// PCI identity.
     pub ids: PciIds,
-    /// HBM, 1 to 8 partitions that do not overlap.
+    /// HBM, at most 8 partitions that do not overlap; none for a GPU that works in the machine's RAM.
     pub partitions: Vec<PartitionConfig>,
+    /// The BAR through which CPUs reach the HBM, if it is no memory of the machine. All partitions are in it.
+    pub aperture: Option<ApertureConfig>,
     /// Copy queues, 1 to 8.
     pub queues: u32,
     /// Id shared by the GPUs that reach each other; 0 = no hive, no peers.
@@ -98,12 +102,13 @@ pub struct GpuConfig {
 }
 
 impl GpuConfig {
-    /// A GPU on its own: default ids, 2 queues, no hive, no links, 1 ms to boot, the host's clock.
+    /// A GPU on its own: default ids, no aperture, 2 queues, no hive, no links, 1 ms to boot, the host's clock.
     pub fn new(index: u32, partitions: Vec<PartitionConfig>) -> GpuConfig {
         GpuConfig {
             index,
             ids: PciIds::default(),
             partitions,
+            aperture: None,
             queues: 2,
             hive_id: 0,
             node_id: 0,
@@ -118,7 +123,7 @@ impl GpuConfig {
 
     /// Checks every field against its range.
     pub(crate) fn check(&self) -> Result<(), GpuError> {
-        within("partitions", self.partitions.len(), 1, regs::MAX_PARTITIONS)?;
+        within("partitions", self.partitions.len(), 0, regs::MAX_PARTITIONS)?;
         within("queues", self.queues as usize, 1, regs::MAX_QUEUES)?;
         within("links", self.links.len(), 0, regs::MAX_LINKS)?;
         if self.ids.class > 0xff_ffff {
@@ -163,7 +168,28 @@ impl GpuConfig {
                 }
             }
         }
+        if let Some(aperture) = &self.aperture {
+            aperture.check(&self.partitions)?;
+        }
         Ok(())
+    }
+
+    /// The BARs of a configuration that passed the check, ascending.
+    pub(crate) fn bars(&self) -> Vec<Bar> {
+        let bar = |index, size, is_64bit| Bar {
+            index,
+            size,
+            is_64bit,
+            prefetchable: false,
+            mappable: Vec::new(),
+        };
+        let mut bars = vec![
+            bar(pci::BAR_REGISTERS, pci::BAR_REGISTERS_SIZE, false),
+            bar(pci::BAR_MSIX, pci::BAR_MSIX_SIZE, false),
+            bar(pci::BAR_DOORBELLS, pci::BAR_DOORBELLS_SIZE, true),
+        ];
+        bars.extend(self.aperture.map(|it| it.bar(&self.partitions)));
+        bars
     }
 }
 
@@ -250,6 +276,9 @@ pub enum GpuError {
         /// The other.
         other: usize,
     },
+    /// An aperture that cannot be.
+    #[error(transparent)]
+    Aperture(#[from] ApertureError),
     /// It clashes with another GPU.
     #[error("the GPU does not fit the fabric")]
     Fabric(#[from] FabricError),

@@ -252,14 +252,26 @@ mod tests {
 
     use super::*;
 
-    fn space() -> ConfigSpace {
-        let bars = [(0, 0x1_0000), (2, 0x1000), (4, 0x2000)].map(|(index, size)| Bar {
+    /// Number, size and kind of each BAR: 4 is 64-bit, 8 prefetchable.
+    const BARS: [(u8, u64, u64); 4] = [
+        (0, 0x1_0000, 0),
+        (1, 0x2000, 0),
+        (2, 0x1000, 4),
+        (4, 512 << 30, 12),
+    ];
+
+    fn bar((index, size, kind): (u8, u64, u64)) -> Bar {
+        Bar {
             index,
             size,
-            is_64bit: true,
-            prefetchable: false,
-        });
-        ConfigSpace::new(&PciIds::default(), &bars)
+            is_64bit: kind & 4 != 0,
+            prefetchable: kind & 8 != 0,
+            mappable: Vec::new(),
+        }
+    }
+
+    fn space() -> ConfigSpace {
+        ConfigSpace::new(&PciIds::default(), &BARS.map(bar))
     }
 
     fn read<const N: usize>(space: &ConfigSpace, offset: u32) -> [u8; N] {
@@ -286,15 +298,36 @@ mod tests {
     #[test]
     fn bars_tell_their_size() {
         let mut space = space();
-        for (bar, size) in [(0u32, 0x1_0000u64), (2, 0x1000), (4, 0x2000)] {
-            let offset = 0x10 + 4 * bar;
-            space.write(offset, &[0xff; 8]);
-            let value = u64::from_le_bytes(read(&space, offset));
-            assert_eq!(value & 0xf, 4, "64-bit, not prefetchable");
-            assert_eq!(!(value & !0xf) + 1, size);
-            space.write(offset, &0x12_3456_0000_0000u64.to_le_bytes());
-            let value = u64::from_le_bytes(read(&space, offset));
-            assert_eq!(value, 0x12_3456_0000_0004);
+        for (bar, size, kind) in BARS {
+            let offset = 0x10 + 4 * u32::from(bar);
+            let (len, all) = match kind {
+                0 => (4, u64::from(u32::MAX)),
+                _ => (8, u64::MAX),
+            };
+            let mut get = |value: u64| {
+                space.write(offset, &value.to_le_bytes()[..len]);
+                let mut data = [0; 8];
+                space.read(offset, &mut data[..len]);
+                u64::from_le_bytes(data)
+            };
+            let value = get(u64::MAX);
+            assert_eq!(value & 0xf, kind);
+            assert_eq!((!(value & !0xf) & all) + 1, size, "BAR {bar}");
+            let address = 0x1234_5680_0000_0000 & all;
+            assert_eq!(get(address), address | kind, "BAR {bar}");
+        }
+    }
+
+    #[test]
+    fn a_bar_of_any_size_tells_it_and_no_more() {
+        for bits in 12..=63 {
+            let bars = [bar((4, 1 << bits, 12))];
+            let mut space = ConfigSpace::new(&PciIds::default(), &bars);
+            space.write(0x10, &[0xff; 24]);
+            let value = u64::from_le_bytes(read(&space, 0x20));
+            assert_eq!(value, !((1 << bits) - 1) | 12);
+            // BARs that are not there stay zero, so that nobody gives them an address.
+            assert_eq!(read::<16>(&space, 0x10), [0; 16]);
         }
     }
 
@@ -312,8 +345,8 @@ mod tests {
             assert!(ids.len() < 10);
         }
         assert_eq!(ids, [0x11, 0x10, 0x01]);
-        assert_eq!(read32(&space, 0x44), 4);
-        assert_eq!(read32(&space, 0x48), 0x1004);
+        assert_eq!(read32(&space, 0x44), 1);
+        assert_eq!(read32(&space, 0x48), 0x1001);
         assert_eq!(read32(&space, 0x40) >> 16 & 0x7ff, 8, "9 vectors");
         assert_ne!(read32(&space, 0x54) & 1 << 28, 0, "FLR");
     }

@@ -7,18 +7,20 @@
 //! leaves as far as this crate goes. `lifecycle` is for attach, detach and reset, which wait for workers; no
 //! BAR access takes it. Register reads take no lock at all.
 
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use numagpu_spec::regs::{
-    self, BOOT_START, BootState, Caps, LINK_PEER_CPU, QUEUE_ENABLE, QUEUE_RESET, boot, clock,
-    identity, irq, link, partition, queue, topology,
+    self, BOOT_START, BootState, Caps, LINK_PEER_CPU, NO_PXM, QUEUE_ENABLE, QUEUE_RESET, boot,
+    clock, identity, irq, link, partition, queue, topology,
 };
 use numagpu_spec::{pci, table::Block};
 
+use crate::aperture::Aperture;
 use crate::boot::Boot;
-use crate::bus::{Attachment, Bar, FunctionLayout, PciFunction, ResetKind};
+use crate::bus::{Attachment, FunctionLayout, PciFunction, ResetKind};
 use crate::config::{GpuConfig, GpuError};
 use crate::config_space::{CONFIG_SIZE, ConfigSpace};
 use crate::engine::Reach;
@@ -75,6 +77,7 @@ pub struct Gpu {
     // Runtime glue.
     fabric: Arc<Fabric>,
     member: Arc<Member>,
+    aperture: Option<Aperture>,
     attachment: Mutex<Option<Attachment>>,
     irq: Arc<Irq>,
     scrubber: Scrubber,
@@ -108,17 +111,7 @@ impl Gpu {
     /// [`GpuError`] if the configuration is out of range or clashes with another GPU of the fabric.
     pub fn new(config: GpuConfig, fabric: Arc<Fabric>) -> Result<Arc<Gpu>, GpuError> {
         config.check()?;
-        let bars = [
-            (pci::BAR_REGISTERS, pci::BAR_REGISTERS_SIZE),
-            (pci::BAR_DOORBELLS, pci::BAR_DOORBELLS_SIZE),
-            (pci::BAR_MSIX, pci::BAR_MSIX_SIZE),
-        ]
-        .map(|(index, size)| Bar {
-            index,
-            size,
-            is_64bit: true,
-            prefetchable: false,
-        });
+        let bars = config.bars();
         let registers = Arc::new(RegisterFile::new(map(&REGISTERS)?));
         let doorbells = RegisterFile::new(map(&DOORBELLS)?);
         let msix = RegisterFile::new(map(&MSIX)?);
@@ -134,25 +127,27 @@ impl Gpu {
                 node,
             },
             partitions: partitions
-                .map(|p| Arc::new(Partition::new(p.base, p.size, p.pxm, Arc::clone(&p.store))))
+                .map(|p| Arc::new(Partition::new(p, config.aperture.is_some())))
                 .collect(),
             links: config.links.iter().map(|l| LinkEnd::new(l.peer)).collect(),
         });
         fabric.join(Arc::clone(&member))?;
         let irq = Arc::new(Irq::new(Arc::clone(&registers)));
+        let aperture = config.aperture.map(|_| Aperture::new(&member.partitions));
         Ok(Arc::new(Gpu {
             fabric,
             member,
+            aperture,
             attachment: Mutex::new(None),
             scrubber: Scrubber::new(Arc::clone(&irq), Arc::clone(&config.clock)),
-            layout: FunctionLayout {
-                bars: bars.to_vec(),
-                config_size: u32::try_from(CONFIG_SIZE).unwrap_or(4096),
-                msix_vectors: pci::VECTOR_COUNT,
-            },
             lifecycle: Mutex::new(()),
             judging: Mutex::new(()),
             config_space: Mutex::new(ConfigSpace::new(&config.ids, &bars)),
+            layout: FunctionLayout {
+                bars,
+                config_size: u32::try_from(CONFIG_SIZE).unwrap_or(4096),
+                msix_vectors: pci::VECTOR_COUNT,
+            },
             dma_allowed: Arc::new(AtomicBool::new(false)),
             registers,
             doorbells,
@@ -197,6 +192,10 @@ impl Gpu {
         self.boot.state(self.now()) == BootState::Ready
     }
 
+    fn aperture_at(&self, bar: u8) -> Option<&Aperture> {
+        self.aperture.as_ref().filter(|_| bar == pci::BAR_APERTURE)
+    }
+
     fn judge_coherence(&self) {
         // One at a time, so that the last answer is the newest.
         let _one = lock(&self.judging);
@@ -211,6 +210,7 @@ impl Gpu {
         let Gpu {
             fabric: _,
             member,
+            aperture: _,
             attachment: _,
             irq: _,
             scrubber,
@@ -267,7 +267,7 @@ impl Gpu {
             token,
             new_token,
             ready: self.is_ready(),
-            coherent: target.is_coherent(),
+            coherent: target.is_attached(),
         };
         let duty = target.command(command, with, self.now());
         self.scrubber.settle(target, duty);
@@ -322,7 +322,11 @@ impl Gpu {
         let config = &self.config;
         match offset {
             o if o == identity::CAPS.offset => {
-                let mut caps = Caps::COHERENT_HBM;
+                let mut caps = Caps::empty();
+                let has_hbm = !config.partitions.is_empty();
+                let is_coherent = config.aperture.is_none_or(|it| it.coherent);
+                caps.set(Caps::COHERENT_HBM, has_hbm && is_coherent);
+                caps.set(Caps::HBM_APERTURE, config.aperture.is_some());
                 caps.set(Caps::PEER_COPY, config.hive_id != 0 && config.hive_size > 1);
                 caps.bits()
             }
@@ -385,7 +389,7 @@ impl Gpu {
         match offset {
             o if o == partition::HBM_BASE.offset => target.base(),
             o if o == partition::HBM_SIZE.offset => target.size(),
-            o if o == partition::PXM.offset => target.pxm().into(),
+            o if o == partition::PXM.offset => target.pxm().unwrap_or(NO_PXM).into(),
             o if o == partition::COHERENCE.offset => target.coherence_code().into(),
             o if o == partition::STATE.offset => target.state_code().into(),
             o if o == partition::GENERATION.offset => target.generation().into(),
@@ -555,7 +559,10 @@ impl PciFunction for Gpu {
             pci::BAR_REGISTERS => self.registers.read(self, offset, data),
             pci::BAR_DOORBELLS => self.doorbells.read(&DoorbellPage(self), offset, data),
             pci::BAR_MSIX => self.msix.read(&MsixPage, offset, data),
-            _ => data.fill(0),
+            _ => match self.aperture_at(bar) {
+                Some(aperture) => aperture.read(offset, data),
+                None => data.fill(0),
+            },
         }
     }
 
@@ -564,8 +571,16 @@ impl PciFunction for Gpu {
             pci::BAR_REGISTERS => self.registers.write(self, offset, data),
             pci::BAR_DOORBELLS => self.doorbells.write(&DoorbellPage(self), offset, data),
             pci::BAR_MSIX => self.msix.write(&MsixPage, offset, data),
-            _ => {}
+            _ => {
+                if let Some(aperture) = self.aperture_at(bar) {
+                    aperture.write(offset, data);
+                }
+            }
         }
+    }
+
+    fn bar_file(&self, bar: u8) -> Option<BorrowedFd<'_>> {
+        self.aperture_at(bar)?.file()
     }
 
     fn reset(&self, kind: ResetKind) {

@@ -1,4 +1,4 @@
-//! The GPU of numagpu: a PCI function whose HBM is coherent memory of the guest.
+//! The GPU of numagpu: a PCI function whose HBM is coherent memory of the guest, or is reached through a BAR.
 //!
 //! A transport serves [`gpu::Gpu`] through the seam of [`bus`]; the GPU knows no transport. Whoever models a
 //! GPU of their own takes the same parts.
@@ -11,6 +11,7 @@
 //! | [`boot`], [`clock`], [`irq`] | handshake, time, interrupt causes |
 //! | [`ownership`], [`partition`], [`coherence`], [`scrub`] | who owns HBM, who may touch it now, whether the VMM really maps it |
 //! | [`queue`], `worker`, `ring`, [`packet`], [`engine`] | doorbells and states; workers; reading ahead; decoding; moving bytes |
+//! | [`aperture`] | the BAR through which CPUs reach HBM that is no memory of the machine |
 //! | [`fabric`] | peers of a hive and the links to them |
 //! | [`memory`] | HBM in the memory of this process |
 //!
@@ -19,12 +20,13 @@
 //! worker touches memory.
 //!
 //! Not implemented yet: the packets ATOMIC, POLL and TIMESTAMP; modelled and paced timing; fault injection
-//! other than boot faults and links that go down; HBM apertures and resizable BARs.
+//! other than boot faults and links that go down; resizable BARs.
 
 #![forbid(unsafe_code)]
 
 pub use numagpu_spec as spec;
 
+pub mod aperture;
 pub mod boot;
 pub mod bus;
 pub mod clock;
@@ -50,6 +52,7 @@ pub mod test_support;
 mod tests;
 mod worker;
 
+pub use aperture::ApertureConfig;
 pub use config::{GpuConfig, GpuError, LinkConfig, PartitionConfig, PciIds};
 pub use fabric::Fabric;
 pub use gpu::{Gpu, GpuStatus};

@@ -204,7 +204,7 @@ pub struct Circumstances {
     pub new_token: u64,
     /// Whether `BOOT.STATUS` is READY.
     pub ready: bool,
-    /// Whether the partition is coherently attached.
+    /// Whether the partition is coherently attached, or in an aperture.
     pub coherent: bool,
 }
 

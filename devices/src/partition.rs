@@ -12,6 +12,7 @@ use numagpu_spec::regs::{Coherence, OwnerState, QueueFault};
 
 use crate::bus::{DmaPort, HbmStore};
 use crate::coherence;
+use crate::config::PartitionConfig;
 use crate::ownership::{Circumstances, Duty, Event, Machine, Step};
 
 /// Pause between two looks at the gate: about the time of one chunk of a copy.
@@ -22,8 +23,9 @@ pub struct Partition {
     // Static configuration.
     base: u64,
     size: u64,
-    pxm: u32,
+    pxm: Option<u32>,
     store: Arc<dyn HbmStore>,
+    in_aperture: bool,
     // Volatile state.
     /// A leaf lock, held for a step of the table only.
     machine: Mutex<Machine>,
@@ -40,12 +42,12 @@ pub struct Partition {
 /// Snapshot of a partition.
 #[derive(Clone, Debug)]
 pub struct PartitionStatus {
-    /// First guest physical address.
+    /// First address for packets.
     pub base: u64,
     /// Bytes.
     pub size: u64,
-    /// Proximity domain.
-    pub pxm: u32,
+    /// Proximity domain, if it is in one.
+    pub pxm: Option<u32>,
     /// Ownership state.
     pub state: OwnerState,
     /// Claims and frees so far.
@@ -68,24 +70,30 @@ impl Drop for Entry<'_> {
 }
 
 impl Partition {
-    /// A free partition that no VMM maps yet. The caller has checked that `base + size` does not wrap.
-    pub(crate) fn new(base: u64, size: u64, pxm: u32, store: Arc<dyn HbmStore>) -> Partition {
+    /// A free partition that no VMM maps yet. The caller has checked the configuration.
+    pub(crate) fn new(config: &PartitionConfig, in_aperture: bool) -> Partition {
+        let coherence = if in_aperture {
+            Coherence::Aperture
+        } else {
+            Coherence::NotMapped
+        };
         Partition {
-            base,
-            size,
-            pxm,
-            store,
+            base: config.base,
+            size: config.size,
+            pxm: config.pxm,
+            store: Arc::clone(&config.store),
+            in_aperture,
             machine: Mutex::new(Machine::new()),
             owner: AtomicU64::new(0),
             state: AtomicU32::new(OwnerState::Free.code()),
             generation: AtomicU32::new(0),
             result: AtomicU32::new(0),
-            coherence: AtomicU32::new(Coherence::NotMapped.code()),
+            coherence: AtomicU32::new(coherence.code()),
             users: AtomicU32::new(0),
         }
     }
 
-    /// First guest physical address.
+    /// First address for packets.
     pub fn base(&self) -> u64 {
         self.base
     }
@@ -100,8 +108,8 @@ impl Partition {
         self.base.saturating_add(self.size)
     }
 
-    /// Proximity domain.
-    pub fn pxm(&self) -> u32 {
+    /// Proximity domain, if it is in one.
+    pub fn pxm(&self) -> Option<u32> {
         self.pxm
     }
 
@@ -130,13 +138,18 @@ impl Partition {
         self.coherence.load(Ordering::Acquire)
     }
 
-    /// Whether the VMM maps exactly this memory at its planned address.
-    pub fn is_coherent(&self) -> bool {
-        self.coherence_code() == Coherence::Coherent.code()
+    /// Whether CPUs reach exactly this memory where they should: the VMM maps it at its planned address, or it is in
+    /// the aperture.
+    pub fn is_attached(&self) -> bool {
+        let code = self.coherence.load(Ordering::SeqCst);
+        code == Coherence::Coherent.code() || code == Coherence::Aperture.code()
     }
 
-    /// Looks again at what the VMM maps; `None` stands for no VMM.
+    /// Looks again at what the VMM maps; `None` stands for no VMM. HBM in an aperture is the same either way.
     pub fn judge_coherence(&self, dma: Option<&dyn DmaPort>) {
+        if self.in_aperture {
+            return;
+        }
         let code = dma.map_or(Coherence::NotMapped, |dma| {
             coherence::judge(dma.mapped(self.base, self.size), self.store.backing())
         });
@@ -153,7 +166,7 @@ impl Partition {
         self.step(|machine| machine.incident(event, now_ns))
     }
 
-    /// Checks that `token` owns the partition and that it is coherently attached, and keeps both the scrubber
+    /// Checks that `token` owns the partition and that it is attached, and keeps both the scrubber
     /// and the next owner out until the entry is dropped.
     ///
     /// # Errors
@@ -165,7 +178,7 @@ impl Partition {
         if token == 0 || self.owner.load(Ordering::SeqCst) != token {
             return Err(QueueFault::NotOwned);
         }
-        if self.coherence.load(Ordering::SeqCst) != Coherence::Coherent.code() {
+        if !self.is_attached() {
             return Err(QueueFault::NotCoherent);
         }
         Ok(entry)

@@ -300,8 +300,8 @@ fn guest_initiators_come_in_the_predicted_order() {
     let plan = numagpu_topology::plan(&machine).unwrap();
     let domain = |name: &String| {
         let mut named = plan
-            .hbm()
-            .filter(|hbm| hbm.initiator.as_ref() == Some(name));
+            .domains()
+            .filter(|domain| domain.initiator.as_ref() == Some(name));
         named.next().unwrap().pxm
     };
     let predicted: Vec<u32> = plan.initiator_order().iter().map(domain).collect();

@@ -96,7 +96,9 @@ fn lstopo_reads_every_machine_as_planned() {
             .iter()
             .map(|node| {
                 let index = attribute(node, "os_index").parse().unwrap();
-                (index, attribute(node, "local_memory").parse().unwrap())
+                // lstopo leaves it out where there is none.
+                let bytes = node.attribute("local_memory").unwrap_or("0");
+                (index, bytes.parse().unwrap())
             })
             .collect();
         let planned: BTreeMap<u32, u64> = plan
@@ -151,10 +153,14 @@ fn check_packages(plan: &Plan, root: Node) {
             );
             assert!(attribute(&device, "pci_type").starts_with(&ids));
         }
+        let memory = |node: &&numagpu_topology::plan::Node| {
+            node.kind == NodeKind::Hbm && node.cpu_pxm == Some(cpu.pxm)
+        };
         let mut nodes: Vec<String> = gpus
-            .flat_map(|gpu| &gpu.hbm)
-            .filter_map(|hbm| plan.linux_node(hbm.pxm))
+            .flat_map(|gpu| &gpu.domains)
+            .filter_map(|domain| plan.linux_node(domain.pxm))
             .chain([cpu.linux_node])
+            .chain(plan.ram_nodes().filter(memory).map(|node| node.linux_node))
             .map(|node| node.to_string())
             .collect();
         nodes.sort();
@@ -180,6 +186,16 @@ fn check_distances(plan: &Plan, document: &Document) {
         .collect();
     assert_eq!(numbers(&latencies, "u64values"), planned, "{}", plan.name);
 
+    let mut links = plan.gpus.iter().flat_map(|gpu| &gpu.links);
+    if !links.any(|link| link.peer_hive_node.is_some() && link.bandwidth_mbs > 0) {
+        let named = |node: Node| attribute(&node, "name") == "XGMIBandwidth";
+        let all = document.descendants();
+        assert!(
+            !all.filter(|node| node.has_tag_name("distances2"))
+                .any(named)
+        );
+        return;
+    }
     let bandwidths = matrix(document, "XGMIBandwidth");
     let devices = objects(document.root_element(), "PCIDev");
     let gpus: Vec<_> = numbers(&bandwidths, "indexes")
@@ -215,6 +231,8 @@ fn lstopo_shows_a_picture_of_every_machine() {
             plan.hbm().count(),
             "{text}"
         );
+        let empty = plan.nodes.iter().filter(|node| node.ranges.is_empty());
+        assert_eq!(text.matches("NUMANode(GPUMemory)").count(), empty.count());
         for gpu in &plan.gpus {
             let line = format!("PCI {} (ProcessingAccelerator)", gpu.bdf);
             assert_eq!(text.matches(&line).count(), 1, "{text}");

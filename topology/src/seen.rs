@@ -168,7 +168,7 @@ pub struct Step {
     pub detail: String,
 }
 
-/// What a driver does with every GPU.
+/// What a driver does with a GPU: [`steps::ALL`] if it has HBM of its own, [`steps::UNIFIED`] if not.
 pub mod steps {
     /// Boot handshake to READY.
     pub const BOOT: &str = "boot handshake";
@@ -176,7 +176,7 @@ pub mod steps {
     pub const CLAIM: &str = "claim";
     /// A second claim is refused.
     pub const SECOND_CLAIM: &str = "second claim refused";
-    /// HBM written and read by the CPU through its dax device.
+    /// HBM written and read by the CPU, through its dax device or the GPU's aperture.
     pub const CPU_ACCESS: &str = "CPU writes and reads HBM";
     /// RAM to HBM by the copy engine.
     pub const COPY_IN: &str = "copy RAM to HBM";
@@ -184,6 +184,8 @@ pub mod steps {
     pub const COPY_PEER: &str = "copy HBM to peer";
     /// HBM to RAM by the copy engine.
     pub const COPY_OUT: &str = "copy peer to RAM";
+    /// RAM to RAM by the copy engine.
+    pub const COPY_RAM: &str = "copy RAM to RAM";
     /// Fences in order, with their values.
     pub const FENCES: &str = "fences";
     /// The MSI-X message of a trap.
@@ -196,7 +198,7 @@ pub mod steps {
     pub const SCRUBBED: &str = "next owner reads zeros";
     /// Function-level reset gives a working device.
     pub const RESET: &str = "function-level reset";
-    /// All of them that every GPU goes through.
+    /// What every GPU with HBM of its own goes through, in order.
     pub const ALL: &[&str] = &[
         BOOT,
         CLAIM,
@@ -212,4 +214,6 @@ pub mod steps {
         SCRUBBED,
         RESET,
     ];
+    /// What every GPU without goes through, in order: one that works in the machine's RAM.
+    pub const UNIFIED: &[&str] = &[BOOT, COPY_RAM, FENCES, INTERRUPT, RESET];
 }

@@ -352,7 +352,11 @@ fn gpus(plan: &Plan, prediction: &Prediction, report: &Report, facts: &mut Vec<F
                 }),
             ));
         }
-        for name in steps::ALL {
+        let driven = match gpu.exposure {
+            Exposure::Ram => steps::UNIFIED,
+            Exposure::Spm | Exposure::Bar | Exposure::Private => steps::ALL,
+        };
+        for name in driven {
             let done: Vec<_> = seen
                 .iter()
                 .flat_map(|seen| &seen.steps)

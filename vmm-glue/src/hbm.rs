@@ -1,17 +1,19 @@
-//! Host memory behind one HBM partition: an anonymous file, or a file in a directory of the user's choice.
+//! Host memory behind HBM: an anonymous file, or a file in a directory of the user's choice. There is one for each
+//! partition, or where a client maps a BAR, one for all partitions of a GPU.
 //!
 //! Both are sparse: a page costs memory or disk once it is written. The VMM maps the very same file, so what a
 //! guest's CPU writes is what the device reads, with no copy between.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use numagpu_devices::bus::{BackingId, HbmStore};
+use numagpu_topology::size::GIB;
 use rustix::fs::{
     FallocateFlags, FileType, FlockOperation, MemfdFlags, Mode, OFlags, fallocate, fchmod, flock,
     fstat, ftruncate, lstat, memfd_create, open, statvfs, unlink,
@@ -30,6 +32,14 @@ pub enum HbmError {
         /// Name of the partition.
         name: String,
         /// Bytes asked for.
+        size: u64,
+    },
+    /// Parts that are not just all of the memory.
+    #[error("parts of {parts:?} bytes are not just the {size} bytes of the memory")]
+    Parts {
+        /// Bytes of each part.
+        parts: Vec<u64>,
+        /// Bytes of the memory.
         size: u64,
     },
     /// The name is no file name.
@@ -64,6 +74,20 @@ pub enum HbmError {
         /// The host's error.
         errno: Errno,
     },
+    /// The host's pool has too few huge pages.
+    #[error(
+        "HBM {name} needs {pages} huge page(s) of {kib} KiB and the host does not give them: {errno}; free some, or write their number to /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"
+    )]
+    HugePages {
+        /// Name of the partition.
+        name: String,
+        /// Pages needed.
+        pages: u64,
+        /// KiB of a page.
+        kib: u64,
+        /// The host's error.
+        errno: Errno,
+    },
     /// The host cannot make or map the memory.
     #[error("cannot {doing} {size} bytes for HBM {name}: {source}")]
     Host {
@@ -83,7 +107,7 @@ fn in_words(bytes: Option<u64>) -> String {
     bytes.map_or_else(String::new, |free| format!(" and {free} are free"))
 }
 
-/// The memory of one HBM partition, mapped into this process, all zeros at first.
+/// Memory of HBM, mapped into this process, all zeros at first.
 #[derive(Debug)]
 pub struct HbmBacking {
     file: Arc<File>,
@@ -94,6 +118,8 @@ pub struct HbmBacking {
     path: Option<PathBuf>,
     /// Whether the name is gone already; what is there now would be another's.
     removed: AtomicBool,
+    /// Whether it is made of huge pages, which have to be there before they are touched.
+    huge: bool,
 }
 
 /// Removes a named file unless it is kept until a backing owns it.
@@ -129,6 +155,39 @@ impl HbmBacking {
         let seals = rustix::fs::SealFlags::SHRINK | rustix::fs::SealFlags::GROW;
         rustix::fs::fcntl_add_seals(&fd, seals).map_err(host("seal a memory file of"))?;
         Self::map(name, size, fd, Named(None))
+    }
+
+    /// `size` bytes of huge pages of `page` bytes (2 MiB or 1 GiB), a multiple of that, taken from the host's pool now: a
+    /// page that is not there when it is touched would kill this process.
+    ///
+    /// # Errors
+    /// [`HbmError::Size`], [`HbmError::Host`], [`HbmError::HugePages`] if the pool has too few.
+    pub fn hugetlb(name: &str, size: u64, page: u64) -> Result<Self, HbmError> {
+        check(name, size)?;
+        let host = |doing| {
+            move |errno: Errno| HbmError::Host {
+                doing,
+                name: name.to_owned(),
+                size,
+                source: errno.into(),
+            }
+        };
+        let page_flag = match page {
+            GIB => MemfdFlags::HUGE_1GB,
+            _ => MemfdFlags::HUGE_2MB,
+        };
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | page_flag;
+        let fd = memfd_create(name, flags).map_err(host("create a file of huge pages of"))?;
+        ftruncate(&fd, size).map_err(host("size a file of huge pages to"))?;
+        fallocate(&fd, FallocateFlags::empty(), 0, size).map_err(|errno| HbmError::HugePages {
+            name: name.to_owned(),
+            pages: size.div_ceil(page.max(1)),
+            kib: page / 1024,
+            errno,
+        })?;
+        let mut backing = Self::map(name, size, fd, Named(None))?;
+        backing.huge = true;
+        Ok(backing)
     }
 
     /// `size` bytes in the file `name` in the existing directory `dir`, created with mode 0600, locked, and
@@ -192,20 +251,91 @@ impl HbmBacking {
             id,
             path: named.0.take(),
             removed: AtomicBool::new(false),
+            huge: false,
         })
     }
 
-    /// Overwrites everything with zeros, for file systems that cannot punch holes.
-    fn write_zeros(&self) -> io::Result<()> {
+    /// Makes bytes inside the memory zero and gives their pages back.
+    fn scrub_range(&self, offset: u64, size: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        loop {
+            match fallocate(&*self.file, flags, offset, size) {
+                Err(Errno::INTR) => {}
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => return self.write_zeros(offset, size),
+                // Huge pages went back to the host's pool, where others may take them.
+                Ok(()) if self.huge => {
+                    return Ok(fallocate(
+                        &*self.file,
+                        FallocateFlags::KEEP_SIZE,
+                        offset,
+                        size,
+                    )?);
+                }
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    /// Overwrites with zeros, for file systems that cannot punch holes.
+    fn write_zeros(&self, offset: u64, size: u64) -> io::Result<()> {
         let zeros = vec![0; 1 << 20];
         let mut at = 0;
-        while at < self.size {
-            let left = usize::try_from(self.size - at).unwrap_or(usize::MAX);
+        while at < size {
+            let left = usize::try_from(size - at).unwrap_or(usize::MAX);
             let piece = zeros.get(..left).unwrap_or(&zeros);
-            self.file.write_all_at(piece, at)?;
+            self.file.write_all_at(piece, offset.saturating_add(at))?;
             at += piece.len() as u64;
         }
         Ok(())
+    }
+
+    /// Divides the memory into parts of so many bytes, one behind the other: partitions that a client maps as one.
+    ///
+    /// # Errors
+    /// [`HbmError::Parts`] if the parts are not just all of the memory, [`HbmError::Host`] if the host gives no
+    /// descriptor for clients.
+    pub fn split(self: &Arc<Self>, parts: &[u64]) -> Result<Vec<HbmPart>, HbmError> {
+        let all = parts
+            .iter()
+            .try_fold(0_u64, |all, size| all.checked_add(*size));
+        if all != Some(self.size) || parts.contains(&0) {
+            return Err(HbmError::Parts {
+                parts: parts.to_vec(),
+                size: self.size,
+            });
+        }
+        let lent = self.lend().map_err(|errno| HbmError::Host {
+            doing: "open a second time",
+            name: self.path.as_deref().map_or_else(
+                || "without a name".to_owned(),
+                |path| path.display().to_string(),
+            ),
+            size: self.size,
+            source: errno.into(),
+        })?;
+        let lent = Arc::new(lent);
+        let mut next = 0;
+        let part = |size: &u64| {
+            let offset = next;
+            next += size;
+            HbmPart {
+                whole: Arc::clone(self),
+                lent: Arc::clone(&lent),
+                offset,
+                size: *size,
+            }
+        };
+        Ok(parts.iter().map(part).collect())
+    }
+
+    /// A descriptor for a client. It does not share the lock of a named file: a client that outlives this process
+    /// would keep the next one out.
+    fn lend(&self) -> Result<OwnedFd, Errno> {
+        if self.path.is_none() {
+            return rustix::io::fcntl_dupfd_cloexec(&*self.file, 3);
+        }
+        let again = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        open(again, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
     }
 }
 
@@ -296,14 +426,45 @@ impl HbmStore for HbmBacking {
     }
 
     fn scrub(&self) -> io::Result<()> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        loop {
-            match fallocate(&*self.file, flags, 0, self.size) {
-                Err(Errno::INTR) => {}
-                Err(Errno::OPNOTSUPP | Errno::NOSYS) => return self.write_zeros(),
-                other => return Ok(other?),
-            }
-        }
+        self.scrub_range(0, self.size)
+    }
+}
+
+/// A part of a memory, as one partition that a client maps together with others. Made by [`HbmBacking::split`].
+#[derive(Debug)]
+pub struct HbmPart {
+    whole: Arc<HbmBacking>,
+    lent: Arc<OwnedFd>,
+    offset: u64,
+    size: u64,
+}
+
+impl HbmStore for HbmPart {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn slice(&self, offset: u64, len: u64) -> Result<VolatileSlice<'_>, VolatileMemoryError> {
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size);
+        let at = if inside {
+            self.offset + offset
+        } else {
+            // Outside the whole memory too: it refuses.
+            u64::MAX
+        };
+        self.whole.slice(at, len)
+    }
+
+    fn backing(&self) -> (BackingId, u64) {
+        (self.whole.id, self.offset)
+    }
+
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.lent.as_fd())
+    }
+
+    fn scrub(&self) -> io::Result<()> {
+        self.whole.scrub_range(self.offset, self.size)
     }
 }
 
@@ -313,7 +474,50 @@ mod tests {
     use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
     use vm_memory::Bytes as _;
 
-    const GIB: u64 = 1 << 30;
+    /// Huge pages of the host's pool, given back at the end.
+    struct Pool(String);
+
+    impl Pool {
+        const PAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+        /// A pool of so many pages more; none if this user may not have them.
+        fn grow(pages: u64) -> Option<Pool> {
+            let before = std::fs::read_to_string(Pool::PAGES).ok()?.trim().to_owned();
+            let wanted = before.parse::<u64>().ok()? + pages;
+            std::fs::write(Pool::PAGES, wanted.to_string()).ok()?;
+            let pool = Pool(before);
+            let now = std::fs::read_to_string(Pool::PAGES).ok()?;
+            (now.trim() == wanted.to_string()).then_some(pool)
+        }
+    }
+
+    impl Drop for Pool {
+        fn drop(&mut self) {
+            let _ = std::fs::write(Pool::PAGES, &self.0);
+        }
+    }
+
+    #[test]
+    fn huge_pages_are_there_or_the_number_is_said() {
+        const PAGE: u64 = 2 << 20;
+        let error = HbmBacking::hugetlb("gpu0-p0.hbm", 1 << 46, PAGE).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("33554432 huge page(s) of 2048 KiB"), "{text}");
+        let Some(_pool) = Pool::grow(4) else {
+            println!("skipped: this user cannot reserve huge pages");
+            return;
+        };
+        let hbm = HbmBacking::hugetlb("gpu0-p0.hbm", 4 * PAGE, PAGE).unwrap();
+        let last = hbm.slice(4 * PAGE - 8, 8).unwrap();
+        last.write_obj(7_u64, 0).unwrap();
+        let seen: u64 = last.read_obj(0).unwrap();
+        assert_eq!(seen, 7);
+        hbm.scrub().unwrap();
+        // The pages are this file's still, or this read would kill the test.
+        let seen: u64 = last.read_obj(0).unwrap();
+        assert_eq!(seen, 0);
+        assert!(hbm.file.metadata().unwrap().blocks() * 512 >= 4 * PAGE);
+    }
 
     /// What both kinds of backing have to do.
     fn laws(hbm: &HbmBacking) {
@@ -384,10 +588,62 @@ mod tests {
         let hbm = HbmBacking::memfd("x", (3 << 20) + 5).unwrap();
         let all = hbm.slice(0, hbm.size()).unwrap();
         all.write_slice(&vec![7; all.len()], 0).unwrap();
-        hbm.write_zeros().unwrap();
+        hbm.write_zeros(0, hbm.size()).unwrap();
         let mut seen = vec![1; all.len()];
         all.read_slice(&mut seen, 0).unwrap();
         assert!(seen.iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn parts_are_the_memory_one_behind_the_other_and_scrubbed_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        for whole in [
+            HbmBacking::memfd("x", 0x6000).unwrap(),
+            HbmBacking::in_dir(dir.path(), "x", 0x6000).unwrap(),
+        ] {
+            let whole = Arc::new(whole);
+            let parts = whole.split(&[0x1000, 0x3000, 0x2000]).unwrap();
+            let (id, _) = whole.backing();
+            let places: Vec<_> = parts.iter().map(HbmStore::backing).collect();
+            assert_eq!(places, [(id, 0), (id, 0x1000), (id, 0x4000)]);
+            let all = whole.slice(0, 0x6000).unwrap();
+            all.write_slice(&[7; 0x6000], 0).unwrap();
+            let part = &parts[1];
+            assert_eq!(part.size(), 0x3000);
+            part.slice(0x2ff8, 8).unwrap().write_obj(9_u64, 0).unwrap();
+            assert_eq!(all.read_obj::<u64>(0x3ff8).unwrap(), 9);
+            assert!(part.slice(0x2ff8, 9).is_err(), "the next partition's");
+            assert!(part.slice(0, 0x3001).is_err());
+            assert!(part.slice(u64::MAX, 1).is_err());
+            assert!(part.slice(1, u64::MAX).is_err());
+            part.scrub().unwrap();
+            let seen = |at| all.read_obj::<u8>(at).unwrap();
+            assert_eq!([0, 0xfff, 0x1000, 0x3fff].map(seen), [7, 7, 0, 0]);
+            assert_eq!([0x4000, 0x5fff].map(seen), [7, 7]);
+            let lent = part.file().unwrap();
+            let mut byte = [0];
+            assert_eq!(rustix::io::pread(lent, &mut byte, 0xfff), Ok(1));
+            assert_eq!(byte, [7]);
+            for wrong in [&[0x6000, 0][..], &[0x5000], &[], &[u64::MAX, 0x6001]] {
+                let error = whole.split(wrong).unwrap_err();
+                assert!(error.to_string().contains("24576"), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_client_that_outlives_us_holds_no_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let hbm = Arc::new(HbmBacking::in_dir(dir.path(), "hbm", 4096).unwrap());
+        let parts = hbm.split(&[4096]).unwrap();
+        let client = parts[0].file().unwrap().try_clone_to_owned().unwrap();
+        // A name of its own for the file, by which the next one finds it.
+        let kept = dir.path().join("kept");
+        std::fs::hard_link(dir.path().join("hbm"), &kept).unwrap();
+        drop((hbm, parts));
+        let next = open(&kept, OFlags::RDWR, Mode::empty()).unwrap();
+        let lock = flock(&next, FlockOperation::NonBlockingLockExclusive);
+        assert!(lock.is_ok(), "{client:?}");
     }
 
     #[test]

@@ -5,8 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use numagpu_devices::bus::HbmStore;
-use numagpu_devices::{Fabric, Gpu, GpuConfig, GpuError, GpuStatus, LinkConfig, PartitionConfig};
+use numagpu_devices::{
+    ApertureConfig, Fabric, Gpu, GpuConfig, GpuError, GpuStatus, LinkConfig, PartitionConfig,
+};
 use numagpu_topology::Plan;
+use numagpu_topology::machine::{BackingKind, Exposure};
+use numagpu_topology::plan::Gpu as PlannedGpu;
 use thiserror::Error;
 
 use crate::hbm::{HbmBacking, HbmError};
@@ -26,6 +30,9 @@ pub enum InstanceError {
         /// What the model says.
         source: GpuError,
     },
+    /// Files are wanted, and nobody says where.
+    #[error("backing.kind is `file`: give backing.directory in the description, or --hbm-dir")]
+    NoDirectory,
     /// No socket.
     #[error(transparent)]
     Server(#[from] ServerError),
@@ -36,11 +43,97 @@ pub struct Instance {
     // Dropped first: a server uses its GPU, and a GPU its HBM.
     servers: Vec<Server>,
     gpus: Vec<Arc<Gpu>>,
-    hbm: Vec<Arc<HbmBacking>>,
+    hbm: Vec<HbmFile>,
+}
+
+/// One file of HBM.
+struct HbmFile {
+    /// What it is called if it has a file name, or would be.
+    name: String,
+    memory: Arc<HbmBacking>,
+    /// Whether the VMM makes memory of the machine of it; if not, it gets it from the GPU's socket.
+    is_memory: bool,
+}
+
+/// A GPU's HBM as its plan has it.
+struct Exposed {
+    /// How CPUs reach it.
+    exposure: Exposure,
+    /// First address, bytes and proximity domain of each partition. With [`Exposure::Ram`], where the RAM is that the
+    /// GPU works in.
+    hbm: Vec<(u64, u64, Option<u32>)>,
+    /// Bytes of the BAR, with [`Exposure::Bar`] and [`Exposure::Private`].
+    aperture: Option<u64>,
+}
+
+/// File name of the memory behind a GPU's aperture.
+fn aperture_file(gpu: &PlannedGpu) -> String {
+    format!("{}-aperture.hbm", gpu.id)
+}
+
+/// What a GPU's HBM is made of.
+struct Memory {
+    partitions: Vec<PartitionConfig>,
+    aperture: Option<ApertureConfig>,
+    files: Vec<HbmFile>,
+}
+
+impl Exposed {
+    /// Makes the HBM of `gpu`, each file of it by `make` from a name and a size: one for each partition that is
+    /// memory of the machine, or one behind the whole aperture.
+    fn make(
+        &self,
+        gpu: &PlannedGpu,
+        make: impl Fn(&str, u64) -> Result<HbmBacking, HbmError>,
+    ) -> Result<Memory, HbmError> {
+        let mut files = Vec::new();
+        let mut file = |name: String, size, is_memory| {
+            let memory = Arc::new(make(&name, size)?);
+            files.push(HbmFile {
+                name,
+                memory: Arc::clone(&memory),
+                is_memory,
+            });
+            Ok::<_, HbmError>(memory)
+        };
+        let mut stores: Vec<Arc<dyn HbmStore>> = Vec::new();
+        match self.exposure {
+            Exposure::Ram => {}
+            Exposure::Spm => {
+                for (index, (_, size, _)) in self.hbm.iter().enumerate() {
+                    stores.push(file(Plan::hbm_file(gpu, index), *size, true)?);
+                }
+            }
+            Exposure::Bar | Exposure::Private => {
+                let sizes: Vec<u64> = self.hbm.iter().map(|(_, size, _)| *size).collect();
+                let all = sizes
+                    .iter()
+                    .fold(0, |all, size| u64::saturating_add(all, *size));
+                let whole = file(aperture_file(gpu), all, false)?;
+                let parts = whole.split(&sizes)?;
+                stores.extend(parts.into_iter().map(|part| Arc::new(part) as _));
+            }
+        }
+        let partitions = self.hbm.iter().zip(stores);
+        let partitions = partitions.map(|(&(base, size, pxm), store)| PartitionConfig {
+            base,
+            size,
+            pxm,
+            store,
+        });
+        Ok(Memory {
+            partitions: partitions.collect(),
+            aperture: self.aperture.map(|size| ApertureConfig {
+                size,
+                coherent: self.exposure == Exposure::Bar,
+            }),
+            files,
+        })
+    }
 }
 
 impl Instance {
-    /// Makes the HBM of all partitions, in memory files or in `hbm_dir`, and serves each GPU on a socket of its own in
+    /// Makes the HBM of all GPUs as the plan's backing says, or in `hbm_dir` if that is given, and serves each GPU on a socket of its own in
     /// `socket_dir`. Clients can connect when this returns.
     ///
     /// # Errors
@@ -56,23 +149,27 @@ impl Instance {
             gpus: Vec::new(),
             hbm: Vec::new(),
         };
+        let backing = &plan.backing;
+        let described = backing.directory.as_ref().map(PathBuf::from);
+        let place = hbm_dir.map(Path::to_owned).or(described);
+        if place.is_none() && backing.kind == BackingKind::File {
+            return Err(InstanceError::NoDirectory);
+        }
         for gpu in &plan.gpus {
-            let mut partitions = Vec::new();
-            for (index, hbm) in gpu.hbm.iter().enumerate() {
-                let name = Plan::hbm_file(gpu, index);
-                let store = Arc::new(match hbm_dir {
-                    Some(dir) => HbmBacking::in_dir(dir, &name, hbm.size)?,
-                    None => HbmBacking::memfd(&name, hbm.size)?,
-                });
-                instance.hbm.push(Arc::clone(&store));
-                let store: Arc<dyn HbmStore> = store;
-                partitions.push(PartitionConfig {
-                    base: hbm.base,
-                    size: hbm.size,
-                    pxm: hbm.pxm.unwrap_or(u32::MAX),
-                    store,
-                });
-            }
+            let partitions = gpu.hbm.iter();
+            let exposed = Exposed {
+                exposure: gpu.exposure,
+                hbm: partitions
+                    .map(|hbm| (hbm.base, hbm.size, hbm.pxm))
+                    .collect(),
+                aperture: gpu.aperture.map(|aperture| aperture.size),
+            };
+            let memory = exposed.make(gpu, |name, size| match (&place, backing.kind) {
+                (Some(dir), _) => HbmBacking::in_dir(dir, name, size),
+                (None, BackingKind::Hugetlb) => HbmBacking::hugetlb(name, size, backing.page),
+                (None, _) => HbmBacking::memfd(name, size),
+            })?;
+            instance.hbm.extend(memory.files);
             let links = gpu.links.iter().map(|link| LinkConfig {
                 peer: link.peer_hive_node,
                 width: link.count,
@@ -85,7 +182,8 @@ impl Instance {
                 hive_size: gpu.hive_size,
                 cpu_pxm: gpu.cpu_pxm,
                 links: links.collect(),
-                ..GpuConfig::new(gpu.index, partitions)
+                aperture: memory.aperture,
+                ..GpuConfig::new(gpu.index, memory.partitions)
             };
             let model =
                 Gpu::new(config, Arc::clone(&fabric)).map_err(|source| InstanceError::Gpu {
@@ -112,16 +210,23 @@ impl Instance {
         self.gpus.iter().map(|gpu| gpu.status()).collect()
     }
 
-    /// Descriptors of the HBM that has no file name, in order of GPUs and partitions.
+    /// Names and descriptors of all HBM that has no file name, in order of GPUs and partitions.
+    pub fn unnamed_hbm(&self) -> impl Iterator<Item = (&str, BorrowedFd<'_>)> {
+        let unnamed = self.hbm.iter().filter(|hbm| hbm.memory.path().is_none());
+        unnamed.map(|hbm| (hbm.name.as_str(), hbm.memory.as_fd()))
+    }
+
+    /// Descriptors of the HBM that is memory of the machine and has no file name, in order of GPUs and partitions.
     ///
     /// A child that inherited the descriptor of a named file would hold its lock too, and, while it dies of this
     /// process's death, keep the next one out.
     pub fn hbm_fds(&self) -> Vec<BorrowedFd<'_>> {
-        let unnamed = self.hbm.iter().filter(|hbm| hbm.path().is_none());
-        unnamed.map(|hbm| hbm.as_fd()).collect()
+        let memory = self.machine_memory().filter(|hbm| hbm.path().is_none());
+        memory.map(|hbm| hbm.as_fd()).collect()
     }
 
-    /// Paths by which a child that inherits [`Instance::hbm_fds`] opens the HBM, in order of GPUs and partitions.
+    /// Paths by which a child that inherits [`Instance::hbm_fds`] opens the HBM that is memory of the machine, in
+    /// order of GPUs and partitions.
     pub fn hbm_paths_for_child(&self) -> Vec<PathBuf> {
         let path = |hbm: &Arc<HbmBacking>| {
             hbm.path().map_or_else(
@@ -129,7 +234,12 @@ impl Instance {
                 Path::to_owned,
             )
         };
-        self.hbm.iter().map(path).collect()
+        self.machine_memory().map(path).collect()
+    }
+
+    fn machine_memory(&self) -> impl Iterator<Item = &Arc<HbmBacking>> {
+        let memory = self.hbm.iter().filter(|hbm| hbm.is_memory);
+        memory.map(|hbm| &hbm.memory)
     }
 }
 
@@ -138,6 +248,76 @@ impl Drop for Instance {
         self.servers.clear();
         self.gpus.clear();
         // A GPU's threads may hold the memory a moment longer, and the process end before they let go.
-        self.hbm.iter().for_each(|hbm| hbm.remove_name());
+        self.hbm.iter().for_each(|hbm| hbm.memory.remove_name());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn planned() -> PlannedGpu {
+        let preset = numagpu_topology::preset::find("two-gpu").unwrap();
+        let machine = numagpu_topology::parse(preset.name, preset.source).unwrap();
+        let plan = numagpu_topology::plan(&machine).unwrap();
+        plan.gpus.into_iter().next().unwrap()
+    }
+
+    /// Names and sizes of the files, and the GPU's configuration.
+    fn made(
+        exposure: Exposure,
+        aperture: Option<u64>,
+    ) -> (Vec<(String, u64)>, Vec<HbmFile>, GpuConfig) {
+        let exposed = Exposed {
+            exposure,
+            hbm: vec![(1 << 40, MIB, Some(7)), ((1 << 40) + MIB, 2 * MIB, None)],
+            aperture,
+        };
+        let memory = exposed.make(&planned(), HbmBacking::memfd).unwrap();
+        let sizes = memory
+            .files
+            .iter()
+            .map(|file| (file.name.clone(), file.memory.size()))
+            .collect();
+        let config = GpuConfig {
+            aperture: memory.aperture,
+            ..GpuConfig::new(0, memory.partitions)
+        };
+        assert!(Gpu::new(config.clone(), Fabric::new()).is_ok());
+        (sizes, memory.files, config)
+    }
+
+    #[test]
+    fn memory_of_the_machine_has_a_file_for_each_partition() {
+        let (sizes, files, config) = made(Exposure::Spm, None);
+        let gpu = planned();
+        let name = |index| Plan::hbm_file(&gpu, index);
+        assert_eq!(sizes, [(name(0), MIB), (name(1), 2 * MIB)]);
+        assert!(files.iter().all(|file| file.is_memory));
+        let pxm: Vec<_> = config.partitions.iter().map(|it| it.pxm).collect();
+        assert_eq!(pxm, [Some(7), None]);
+        assert_eq!(config.aperture, None);
+    }
+
+    #[test]
+    fn an_aperture_has_one_file_that_only_its_client_gets() {
+        for (exposure, coherent) in [(Exposure::Bar, true), (Exposure::Private, false)] {
+            let (sizes, files, config) = made(exposure, Some(4 * MIB));
+            assert_eq!(sizes, [(aperture_file(&planned()), 3 * MIB)]);
+            assert!(!files.iter().any(|file| file.is_memory));
+            let size = 4 * MIB;
+            assert_eq!(config.aperture, Some(ApertureConfig { size, coherent }));
+            let backings = config.partitions.iter().map(|it| it.store.backing());
+            let (id, _) = files.first().unwrap().memory.backing();
+            assert!(backings.eq([(id, 0), (id, MIB)]));
+        }
+    }
+
+    #[test]
+    fn a_gpu_that_works_in_ram_has_no_memory() {
+        let (sizes, _, config) = made(Exposure::Ram, None);
+        assert!(sizes.is_empty() && config.partitions.is_empty());
     }
 }

@@ -7,18 +7,23 @@ pub const DEVICE_ID: u16 = 0x6770;
 /// Class code 12h 00h 00h: processing accelerator (PCI Code and ID Assignment 1.11, section 1.19).
 pub const CLASS_CODE: u32 = 0x12_0000;
 
-/// BAR that holds the registers of [`crate::regs`]; 64-bit, so it takes BAR 1 as its upper half.
+/// BAR that holds the registers of [`crate::regs`]; 32-bit, not prefetchable: such a BAR has to lie below 4 GiB
+/// behind a bridge, however wide it is (PCI-to-PCI Bridge 1.2, section 3.2.5.8).
 pub const BAR_REGISTERS: u8 = 0;
 /// Size of [`BAR_REGISTERS`] in bytes.
 pub const BAR_REGISTERS_SIZE: u64 = 0x1_0000;
-/// BAR that holds the doorbells; 64-bit.
+/// BAR that holds the MSI-X table and pending bits and nothing else; 32-bit, not prefetchable.
+pub const BAR_MSIX: u8 = 1;
+/// Size of [`BAR_MSIX`] in bytes.
+pub const BAR_MSIX_SIZE: u64 = 0x2000;
+/// BAR that holds the doorbells; 64-bit, not prefetchable, so it takes BAR 3 as its upper half.
 pub const BAR_DOORBELLS: u8 = 2;
 /// Size of [`BAR_DOORBELLS`] in bytes.
 pub const BAR_DOORBELLS_SIZE: u64 = 0x1000;
-/// BAR that holds the MSI-X table and pending bits and nothing else; 64-bit.
-pub const BAR_MSIX: u8 = 4;
-/// Size of [`BAR_MSIX`] in bytes.
-pub const BAR_MSIX_SIZE: u64 = 0x2000;
+/// BAR that holds the HBM, in a GPU whose `CAPS` say `HBM_APERTURE`; 64-bit, prefetchable, so it takes BAR 5 as its
+/// upper half. Partition `p` starts at `PARTITION[p].HBM_BASE - PARTITION[0].HBM_BASE`. Its size is a power of two;
+/// behind the last partition it reads as ones and drops writes, as Linux' `nvgrace-gpu` does.
+pub const BAR_APERTURE: u8 = 4;
 /// Offset of the MSI-X table in [`BAR_MSIX`].
 pub const MSIX_TABLE_OFFSET: u32 = 0;
 /// Offset of the MSI-X pending bit array in [`BAR_MSIX`], on a page of its own.

@@ -19,7 +19,7 @@ pub const MAX_LINKS: u32 = 32;
 /// Value of `IDENTITY.MAGIC`: `NGPU` in ASCII, little-endian.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"NGPU");
 /// Value of `IDENTITY.VERSION`: major in the upper half, minor in the lower. A driver refuses another major.
-pub const VERSION: u32 = 0x0001_0000;
+pub const VERSION: u32 = 0x0001_0001;
 
 /// `IDENTITY`: what the device is.
 pub mod identity {
@@ -40,8 +40,9 @@ pub mod identity {
     pub const CAPS: Reg = Reg::ro("CAPS", 0x08, W8, "capability bits");
     /// Index of the GPU in its machine description.
     pub const GPU_INDEX: Reg = Reg::ro("GPU_INDEX", 0x10, W4, "index of this GPU in the machine");
-    /// HBM partitions.
-    pub const PARTITION_COUNT: Reg = Reg::ro("PARTITION_COUNT", 0x14, W4, "HBM partitions");
+    /// HBM partitions; 0 if the GPU works in the machine's RAM and has no HBM of its own (exposure `ram`).
+    pub const PARTITION_COUNT: Reg =
+        Reg::ro("PARTITION_COUNT", 0x14, W4, "HBM partitions, 0 = none");
     /// Copy queues.
     pub const QUEUE_COUNT: Reg = Reg::ro("QUEUE_COUNT", 0x18, W4, "copy queues");
     /// MSI-X vectors.
@@ -81,10 +82,14 @@ bitflags! {
     /// Bits of `IDENTITY.CAPS`.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Caps: u64 {
-        /// HBM is ordinary memory of the guest's physical address space (exposure `spm`).
+        /// CPUs reach the HBM coherently: it is memory of the guest's physical address space (exposure `spm`), or its
+        /// aperture is coherent (exposure `bar`).
         const COHERENT_HBM = 1 << 0;
         /// Queues reach the HBM of the other GPUs of the hive.
         const PEER_COPY = 1 << 1;
+        /// CPUs reach the HBM through [`crate::pci::BAR_APERTURE`] (exposures `bar` and `private`); `HBM_BASE` is then
+        /// an address of the device's own.
+        const HBM_APERTURE = 1 << 2;
     }
 }
 
@@ -253,6 +258,9 @@ pub mod link {
 /// Value of `LINK.PEER` for the link to the CPU.
 pub const LINK_PEER_CPU: u32 = u32::MAX;
 
+/// Value of `PARTITION.PXM` for HBM that is in no proximity domain.
+pub const NO_PXM: u32 = u32::MAX;
+
 /// `PARTITION`: one instance for each HBM partition; range, coherent attach and ownership.
 pub mod partition {
     use super::*;
@@ -260,12 +268,13 @@ pub mod partition {
     pub const BASE: u32 = 0x2000;
     /// Bytes between instances.
     pub const STRIDE: u32 = 0x100;
-    /// First guest physical address of the HBM.
-    pub const HBM_BASE: Reg = Reg::ro("HBM_BASE", 0x00, W8, "first guest physical address");
+    /// First address of the HBM as packets name it: its guest physical address, or with an aperture an address that
+    /// only GPUs use.
+    pub const HBM_BASE: Reg = Reg::ro("HBM_BASE", 0x00, W8, "first address, as packets name it");
     /// Bytes of HBM.
     pub const HBM_SIZE: Reg = Reg::ro("HBM_SIZE", 0x08, W8, "bytes");
-    /// ACPI proximity domain of the HBM.
-    pub const PXM: Reg = Reg::ro("PXM", 0x10, W4, "ACPI proximity domain");
+    /// ACPI proximity domain of the HBM, or [`super::NO_PXM`].
+    pub const PXM: Reg = Reg::ro("PXM", 0x10, W4, "proximity domain, 0xffffffff = none");
     /// One of [`super::Coherence`].
     pub const COHERENCE: Reg = Reg::ro(
         "COHERENCE",
@@ -488,6 +497,8 @@ codes! {
         Partial = 5,
         /// Mapped without write permission.
         ReadOnly = 6,
+        /// Reached through the aperture, not mapped by the VMM; nothing to judge, and claims are allowed.
+        Aperture = 7,
     }
 }
 
@@ -570,7 +581,7 @@ codes! {
         Unmapped = 3,
         /// HBM that the queue's token does not own.
         NotOwned = 4,
-        /// HBM of a partition that is not coherently attached.
+        /// HBM of a partition that is neither coherently attached nor reached through an aperture.
         NotCoherent = 5,
         /// The function's bus master bit is off.
         BusMasterOff = 6,

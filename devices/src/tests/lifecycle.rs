@@ -217,13 +217,17 @@ fn bad_configurations_are_refused() {
     let partition = |base, size| PartitionConfig {
         base,
         size,
-        pxm: 0,
+        pxm: None,
         store: Arc::clone(&store),
     };
     let good = GpuConfig::new(0, vec![partition(HBM, 8192)]);
     let refused = |config: GpuConfig| Gpu::new(config, Fabric::new()).err().unwrap();
     let with = |partitions| GpuConfig::new(0, partitions);
-    assert!(matches!(refused(with(vec![])), GpuError::Count { .. }));
+    let nine = (0..9).map(|index| partition(HBM + index * 8192, 8192));
+    assert!(matches!(
+        refused(with(nine.collect())),
+        GpuError::Count { .. }
+    ));
     for (base, size) in [(HBM + 1, 8192), (HBM, 0), (HBM, 100), (!0xfff, 8192)] {
         let error = refused(with(vec![partition(base, size)]));
         assert!(matches!(error, GpuError::Range { .. }), "{error}");

@@ -5,6 +5,7 @@
     reason = "offsets and lengths of tests are small"
 )]
 
+mod aperture;
 mod copies;
 mod faults;
 mod fuzz;
@@ -59,6 +60,11 @@ fn hbm(gpu: u64, partition: u64) -> u64 {
 
 impl Machine {
     fn new() -> Machine {
+        Machine::of(|_| {})
+    }
+
+    /// The same machine of GPUs whose configuration `change` has changed.
+    fn of(change: impl Fn(&mut GpuConfig)) -> Machine {
         let fabric = Fabric::new();
         let clock = Arc::new(ManualClock::default());
         let mut gpus = Vec::new();
@@ -73,7 +79,7 @@ impl Machine {
             let partitions = (0..2).zip(&own).map(|(p, store)| PartitionConfig {
                 base: hbm(index.into(), p),
                 size: HBM_SIZE,
-                pxm: 4 + 2 * index + p as u32,
+                pxm: Some(4 + 2 * index + p as u32),
                 store: Arc::clone(store) as Arc<dyn HbmStore>,
             });
             let peers: &[u32] = match index {
@@ -83,7 +89,7 @@ impl Machine {
             };
             let mut links: Vec<_> = peers.iter().map(|peer| Some(*peer)).collect();
             links.push(None);
-            let config = GpuConfig {
+            let mut config = GpuConfig {
                 hive_id: 0xabc,
                 node_id: index,
                 hive_size: 3,
@@ -100,6 +106,7 @@ impl Machine {
                 clock: Arc::clone(&clock) as _,
                 ..GpuConfig::new(index, partitions.collect())
             };
+            change(&mut config);
             gpus.push(Gpu::new(config, Arc::clone(&fabric)).unwrap());
             for (p, store) in (0..2).zip(&own) {
                 first.dma.map(hbm(index.into(), p), Arc::clone(store) as _);

@@ -4,10 +4,11 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use numagpu_spec::regs::{
-    self, BootState, Coherence, OwnerCommand, OwnerResult, OwnerState, QueueFault, QueueState,
+    self, BootState, Caps, Coherence, OwnerCommand, OwnerResult, OwnerState, QueueFault, QueueState,
 };
 use numagpu_spec::table::{Reg, Width};
 use numagpu_spec::{pci, sdma};
@@ -36,10 +37,29 @@ pub fn wait<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> Outcome<T> {
     }
 }
 
+/// The BAR through which the CPU reaches a GPU's HBM.
+pub struct Aperture {
+    file: File,
+    /// Address of the first partition, which is at offset 0.
+    first: u64,
+}
+
+impl Aperture {
+    /// Maps `len` bytes of HBM from `address` on.
+    pub fn map(&self, address: u64, len: usize) -> Outcome<Mapping> {
+        let offset = address.checked_sub(self.first);
+        let offset = offset.ok_or_else(|| format!("{address:#x} is below {:#x}", self.first))?;
+        Mapping::file(&self.file, offset, len)
+            .map_err(|error| format!("aperture at {offset:#x}: {error}"))
+    }
+}
+
 /// A PCI function of ours.
 pub struct Device {
     /// PCI address without the segment.
     pub bdf: String,
+    /// The BAR with its HBM, if it has one.
+    pub aperture: Option<Rc<Aperture>>,
     path: PathBuf,
     config: File,
     registers: Mapping,
@@ -80,8 +100,9 @@ impl Device {
             let file = open(&format!("resource{index}"))?;
             Mapping::file(&file, 0, usize::try_from(size).map_err(io::Error::other)?)
         };
-        let device = Device {
+        let mut device = Device {
             bdf: name.split_once(':').map_or(name, |(_, bdf)| bdf).to_owned(),
+            aperture: None,
             path: path.to_owned(),
             config: open("config")?,
             registers: bar(pci::BAR_REGISTERS, pci::BAR_REGISTERS_SIZE)?,
@@ -89,6 +110,13 @@ impl Device {
             msix: bar(pci::BAR_MSIX, pci::BAR_MSIX_SIZE)?,
         };
         device.enable()?;
+        let caps = device.read(regs::identity::BASE, regs::identity::CAPS);
+        if Caps::from_bits_retain(caps).contains(Caps::HBM_APERTURE) {
+            device.aperture = Some(Rc::new(Aperture {
+                file: open(&format!("resource{}", pci::BAR_APERTURE))?,
+                first: device.hbm(0).base,
+            }));
+        }
         Ok(device)
     }
 

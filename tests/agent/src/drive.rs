@@ -1,13 +1,11 @@
 //! Brings every GPU up, works in its HBM, and notes how each step went.
 
-use std::fs::OpenOptions;
-
 use numagpu_spec::regs::{self, IrqBits, OwnerCommand, OwnerResult, QueueFault, QueueState};
 use numagpu_spec::{pci, sdma};
-use numagpu_topology::ranges::Range;
 use numagpu_topology::seen::{DaxSeen, GpuSeen, PartitionSeen, Pattern, Step, steps};
 
 use crate::device::{Device, Outcome, Queue, Slots, wait};
+use crate::hbm::{Partition, WINDOW};
 use crate::probe;
 use crate::sys::{Mapping, on_kvm};
 
@@ -16,8 +14,6 @@ const TOKEN: u64 = 0x6e75_6d61_0000_0001;
 /// Another driver.
 const OTHER: u64 = 0x6e75_6d61_0000_0002;
 
-/// dax maps in units of 2 MiB.
-const WINDOW: usize = 2 << 20;
 /// Bytes that the CPU writes at each place.
 const CPU_BYTES: usize = 0x4000;
 /// Bytes of a copy.
@@ -58,47 +54,6 @@ struct Gpu {
     partitions: Vec<Partition>,
 }
 
-struct Partition {
-    range: Range,
-    dax: Option<DaxSeen>,
-}
-
-impl Partition {
-    /// The 2 MiB of HBM at `offset`, through its dax device.
-    fn map(&self, offset: u64) -> Outcome<Mapping> {
-        let dax = self
-            .dax
-            .as_ref()
-            .ok_or_else(|| format!("no dax device at {:#x}", self.range.base))?;
-        let path = format!("/dev/{}", dax.name);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(|error| format!("{path}: {error}"))?;
-        // A dax device is mapped in whole units of its alignment.
-        let unit = dax.align.max(WINDOW as u64);
-        let start = offset / unit * unit;
-        let sizes = usize::try_from(unit)
-            .ok()
-            .zip(usize::try_from(offset - start).ok());
-        let (len, inner) = sizes.ok_or("alignment of more than the address space")?;
-        Mapping::file(&file, start, len)
-            .map(|mapping| mapping.from(inner))
-            .map_err(|error| format!("{path} at {start:#x}: {error}"))
-    }
-
-    /// Where the CPU writes: the first, a middle and the last 2 MiB.
-    fn places(&self) -> [u64; 3] {
-        let window = WINDOW as u64;
-        [
-            0,
-            self.range.size / 2 / window * window,
-            self.range.size.saturating_sub(window),
-        ]
-    }
-}
-
 impl Drive {
     /// Finds the GPUs and the dax devices of their HBM.
     pub fn new(dax: &[DaxSeen], problems: &mut Vec<String>) -> Outcome<Drive> {
@@ -126,8 +81,16 @@ impl Drive {
         self.gpus.into_iter().map(|gpu| gpu.seen).collect()
     }
 
+    /// Takes a step with each GPU whose kind goes through it.
     fn each(&mut self, name: &str, step: impl Fn(&Drive, usize) -> Outcome<String>) {
         for index in 0..self.gpus.len() {
+            if !self
+                .gpus
+                .get(index)
+                .is_some_and(|gpu| gpu.steps().contains(&name))
+            {
+                continue;
+            }
             let outcome = step(self, index);
             if let Some(gpu) = self.gpus.get_mut(index) {
                 let (ok, detail) = match outcome {
@@ -202,6 +165,7 @@ impl Drive {
         self.each(steps::COPY_IN, |drive, index| drive.copy_in(index));
         self.each(steps::COPY_PEER, |drive, index| drive.copy_peer(index));
         self.each(steps::COPY_OUT, |drive, index| drive.copy_out(index));
+        self.each(steps::COPY_RAM, |drive, index| drive.copy_ram(index));
         self.each(steps::FENCES, |drive, index| drive.fences(index));
         self.each(steps::INTERRUPT, |drive, index| drive.interrupt(index));
         self.each(steps::FOREIGN, |drive, index| drive.foreign(index));
@@ -221,6 +185,10 @@ impl Drive {
                 .reset()
                 .map_err(|error| format!("reset: {error}"))?;
             gpu.device.boot()?;
+            if gpu.partitions.is_empty() {
+                // That it works again shows in what it did before.
+                return drive.copy_ram(index);
+            }
             gpu.each_partition(|gpu, partition| {
                 gpu.device
                     .expect(partition, OwnerCommand::Claim, TOKEN, OwnerResult::Ok)?;
@@ -317,15 +285,32 @@ impl Drive {
         Ok(String::new())
     }
 
+    fn copy_ram(&self, index: usize) -> Outcome<String> {
+        let seed = Drive::seed(index);
+        self.buffer.fill(SOURCE, COPY, seed);
+        self.buffer.fill(TARGET, COPY, 0xdead);
+        self.copy(
+            index,
+            self.physical + SOURCE as u64,
+            self.physical + TARGET as u64,
+        )?;
+        self.buffer.check(TARGET, COPY, seed)?;
+        Ok(String::new())
+    }
+
     /// A train of copies and fences that wraps the ring several times.
     fn fences(&self, index: usize) -> Outcome<String> {
-        let base = self.gpu(index)?.first()?.range.base + COPY_IN;
+        // In HBM, or in RAM from SOURCE to TARGET.
+        let base = match self.gpu(index)?.partitions.first() {
+            Some(partition) => partition.range.base + COPY_IN,
+            None => self.physical + SOURCE as u64,
+        };
         let mut queue = self.queue(index, 0, QUEUE, TOKEN)?;
         const ROUNDS: u32 = 8;
         const FENCES: u32 = 32;
         for round in 1..=ROUNDS {
             for fence in 0..FENCES {
-                queue.push_copy(base, base + 0x8_0000, 4096);
+                queue.push_copy(base, base + (TARGET - SOURCE) as u64, 4096);
                 queue.push_fence(fence as usize, round << 16 | fence);
             }
             queue.go();
@@ -486,7 +471,11 @@ impl Gpu {
             .map(|index| {
                 let range = device.hbm(index);
                 let dax = dax.iter().find(|dax| dax.region == range).cloned();
-                Partition { range, dax }
+                Partition {
+                    range,
+                    aperture: device.aperture.clone(),
+                    dax,
+                }
             })
             .collect();
         let hex = |name: &str| probe::number(&device.attribute(name)).unwrap_or(0);
@@ -522,6 +511,15 @@ impl Gpu {
             device,
             seen,
             partitions,
+        }
+    }
+
+    /// What is done with a GPU of its kind.
+    fn steps(&self) -> &'static [&'static str] {
+        if self.partitions.is_empty() {
+            steps::UNIFIED
+        } else {
+            steps::ALL
         }
     }
 

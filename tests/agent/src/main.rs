@@ -5,6 +5,7 @@
 
 mod device;
 mod drive;
+mod hbm;
 mod probe;
 mod sys;
 

@@ -278,7 +278,7 @@ impl Plan {
                 .collect(),
             Exposure::Bar | Exposure::Private => {
                 let bytes = gpu.hbm.iter().map(|hbm| hbm.size).sum();
-                vec![(format!("{}.hbm", gpu.id), bytes)]
+                vec![(format!("{}-aperture.hbm", gpu.id), bytes)]
             }
             Exposure::Ram => Vec::new(),
         }

@@ -8,12 +8,12 @@
 //! - [`wire`]: messages become validated requests, results become replies. Pure.
 //! - [`refusal`]: why a request is not carried out, and its error number.
 //! - [`session`]: one connection's life: version first and once, then any request in order.
-//! - [`regions`]: which accesses a function's regions take.
+//! - [`regions`]: which accesses a function's regions take, and what of them a client may map.
 //! - [`dma`]: guest memory that the client mapped, as the function's `DmaPort`.
 //! - [`version`]: negotiation of version and capabilities.
 //! - [`irq`]: the client's event descriptors, as the function's `InterruptSink`.
 //!
-//! Not here: mappable regions, `DMA_READ`/`DMA_WRITE` to the client, migration, interrupts other than MSI-X.
+//! Not here: `DMA_READ`/`DMA_WRITE` to the client, migration, interrupts other than MSI-X.
 //!
 //! "The specification" in this module is QEMU's `docs/interop/vfio-user.rst`, protocol 0.0.
 

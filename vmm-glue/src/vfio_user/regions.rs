@@ -1,9 +1,10 @@
 //! The regions of a PCI device and the accesses they take (specification, "Device Regions").
 
-use numagpu_devices::bus::{FunctionLayout, PciFunction};
+use numagpu_devices::bus::{Area, Bar, PciFunction};
 
+use super::PAGE_SIZES;
 use super::refusal::Refusal;
-use super::wire::Access;
+use super::wire::{Access, Reply};
 
 /// Number of regions of a PCI device: six BARs, ROM, configuration space, VGA (`VFIO_PCI_NUM_REGIONS`).
 pub const COUNT: u32 = 9;
@@ -14,10 +15,37 @@ pub const CONFIG: u32 = 7;
 /// `VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE`.
 const READ_WRITE: u32 = 0b11;
 
-/// Sizes of a function's regions.
+/// `VFIO_REGION_INFO_FLAG_MMAP`.
+const MMAP: u32 = 1 << 2;
+
+/// `VFIO_REGION_INFO_FLAG_CAPS`.
+const CAPS: u32 = 1 << 3;
+
+/// Bytes of `struct vfio_region_info`; a capability follows it.
+const INFO_SIZE: u32 = 32;
+
+/// `VFIO_REGION_INFO_CAP_SPARSE_MMAP`, version 1.
+const SPARSE_MMAP: (u16, u16) = (1, 1);
+
+/// Bytes of the capability without its areas, and of each area.
+const SPARSE_SIZE: u32 = 16;
+const AREA_SIZE: u32 = 16;
+
+/// Most areas of one region that can be mapped; a region with more cannot be mapped at all.
+const MAX_AREAS: usize = 64;
+
+/// A region of a function.
+#[derive(Clone, Debug, Default)]
+struct Region {
+    size: u64,
+    /// What a client may map; the function has a file for it.
+    mappable: Vec<Area>,
+}
+
+/// The regions of a function.
 #[derive(Clone, Debug)]
 pub struct Regions {
-    sizes: [u64; COUNT as usize],
+    all: [Region; COUNT as usize],
 }
 
 /// A place inside a region, with the whole access inside too.
@@ -32,17 +60,27 @@ pub enum Place {
 impl Regions {
     /// The regions of a function.
     #[must_use]
-    pub fn new(layout: &FunctionLayout) -> Self {
-        let mut sizes = [0; COUNT as usize];
+    pub fn new(function: &dyn PciFunction) -> Self {
+        let layout = function.layout();
+        let mut all: [Region; COUNT as usize] = Default::default();
         for bar in layout.bars.iter().filter(|bar| bar.index < 6) {
-            if let Some(size) = sizes.get_mut(usize::from(bar.index)) {
-                *size = bar.size;
+            if let Some(region) = all.get_mut(usize::from(bar.index)) {
+                region.size = bar.size;
+                if is_mappable(bar) && function.bar_file(bar.index).is_some() {
+                    region.mappable.clone_from(&bar.mappable);
+                }
             }
         }
-        if let Some(size) = sizes.get_mut(CONFIG as usize) {
-            *size = u64::from(layout.config_size);
+        if let Some(region) = all.get_mut(CONFIG as usize) {
+            region.size = u64::from(layout.config_size);
         }
-        Self { sizes }
+        Self { all }
+    }
+
+    fn region(&self, index: u32) -> Result<&Region, Refusal> {
+        self.all
+            .get(index as usize)
+            .ok_or(Refusal::Region { index })
     }
 
     /// Bytes of a region; 0 if the function has none there.
@@ -50,22 +88,46 @@ impl Regions {
     /// # Errors
     /// [`Refusal::Region`] if the index is not below [`COUNT`].
     pub fn size(&self, index: u32) -> Result<u64, Refusal> {
-        self.sizes
-            .get(index as usize)
-            .copied()
-            .ok_or(Refusal::Region { index })
+        Ok(self.region(index)?.size)
     }
 
-    /// `VFIO_REGION_INFO_FLAG_*` of a region.
+    /// Puts the body of a reply to `DEVICE_GET_REGION_INFO` for a client that has room for `argsz` bytes. Where the
+    /// capability does not fit, the body ends before it and `argsz` in it says how much room is needed.
     ///
     /// # Errors
     /// [`Refusal::Region`] if the index is not below [`COUNT`].
-    pub fn flags(&self, index: u32) -> Result<u32, Refusal> {
-        Ok(if self.size(index)? == 0 {
-            0
-        } else {
-            READ_WRITE
-        })
+    pub fn describe(&self, index: u32, argsz: u32, reply: &mut Reply) -> Result<(), Refusal> {
+        let Region { size, mappable } = self.region(index)?;
+        let whole = Area {
+            offset: 0,
+            size: *size,
+        };
+        let (mut need, mut flags, mut cap_offset) = (INFO_SIZE, 0, 0);
+        if *size > 0 {
+            flags |= READ_WRITE;
+        }
+        if let (false, Ok(bar)) = (mappable.is_empty(), u8::try_from(index)) {
+            flags |= MMAP;
+            reply.with_file_of(bar);
+        }
+        let areas: &[Area] = if *mappable == [whole] { &[] } else { mappable };
+        if !areas.is_empty() {
+            flags |= CAPS;
+            need += SPARSE_SIZE + AREA_SIZE * u32::try_from(areas.len()).unwrap_or(0);
+            // Set with too little room too: QEMU takes the flag with offset 0 for an error, and asks again only after.
+            cap_offset = INFO_SIZE;
+        }
+        reply.u32(need).u32(flags).u32(index).u32(cap_offset);
+        reply.u64(*size).u64(0);
+        if argsz >= need && !areas.is_empty() {
+            let (id, version) = SPARSE_MMAP;
+            reply.u16(id).u16(version).u32(0);
+            reply.u32(u32::try_from(areas.len()).unwrap_or(0)).u32(0);
+            for area in areas {
+                reply.u64(area.offset).u64(area.size);
+            }
+        }
+        Ok(())
     }
 
     /// Where an access goes; none if it has no bytes.
@@ -98,6 +160,18 @@ impl Regions {
     }
 }
 
+/// Whether the areas of a BAR are what they have to be: a client that maps what is not there dies of it.
+fn is_mappable(bar: &Bar) -> bool {
+    let mut end = 0;
+    let sound = |area: &Area| {
+        let Area { offset, size } = *area;
+        let starts = offset >= end && size > 0;
+        end = offset.saturating_add(size);
+        starts && (offset | size).is_multiple_of(PAGE_SIZES) && end <= bar.size
+    };
+    bar.mappable.len() <= MAX_AREAS && bar.mappable.iter().all(sound)
+}
+
 impl Place {
     /// Reads from the function.
     pub fn read(self, function: &dyn PciFunction, data: &mut [u8]) {
@@ -113,5 +187,51 @@ impl Place {
             Self::Config(offset) => function.config_write(offset, data),
             Self::Bar(bar, offset) => function.bar_write(bar, offset, data),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_whole_pages_inside_the_bar_one_behind_the_other_are_mappable() {
+        let bar = |areas: &[(u64, u64)]| Bar {
+            index: 0,
+            size: 0x10_0000,
+            is_64bit: true,
+            prefetchable: true,
+            mappable: areas
+                .iter()
+                .map(|&(offset, size)| Area { offset, size })
+                .collect(),
+        };
+        let good: [&[_]; 4] = [
+            &[],
+            &[(0, 0x10_0000)],
+            &[(0x1000, 0x1000), (0x2000, 0x1000)],
+            &[(0, 0x1000), (0xf_f000, 0x1000)],
+        ];
+        for areas in good {
+            assert!(is_mappable(&bar(areas)), "{areas:x?}");
+        }
+        let bad: [&[_]; 8] = [
+            &[(0, 0)],
+            &[(0, 0x800)],
+            &[(0x800, 0x1000)],
+            &[(0, 0x10_1000)],
+            &[(0x10_0000, 0x1000)],
+            &[(0xffff_ffff_ffff_f000, 0x1000)],
+            &[(0, 0x2000), (0x1000, 0x1000)],
+            &[(0x2000, 0x1000), (0, 0x1000)],
+        ];
+        for areas in bad {
+            assert!(!is_mappable(&bar(areas)), "{areas:x?}");
+        }
+        let many: Vec<_> = (0..=MAX_AREAS as u64)
+            .map(|at| (at << 13, 0x1000))
+            .collect();
+        assert!(is_mappable(&bar(&many[1..])));
+        assert!(!is_mappable(&bar(&many)));
     }
 }

@@ -1,12 +1,13 @@
 //! One connection: requests in the order they came, each answered before the next is looked at.
 
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use numagpu_devices::bus::{Attachment, PciFunction, ResetKind};
 use rustix::io::Errno;
-use rustix::net::{SendFlags, send};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, send, sendmsg};
 
 use super::dma::{DmaTable, MapError};
 use super::framing::Framing;
@@ -44,7 +45,7 @@ impl Session {
     #[must_use]
     pub fn new(function: Arc<dyn PciFunction>) -> Self {
         let layout = function.layout();
-        let (regions, irq) = (Regions::new(layout), IrqTable::new(layout.msix_vectors));
+        let (regions, irq) = (Regions::new(&*function), IrqTable::new(layout.msix_vectors));
         Self {
             framing: Framing::new(),
             fds: Vec::with_capacity(4 * MAX_FDS),
@@ -106,7 +107,15 @@ impl Session {
                     continue;
                 }
                 let reply = match done {
-                    Ok(()) => self.reply.finish(&header),
+                    Ok(()) => {
+                        let bar = self.reply.file_of();
+                        let file = bar.and_then(|bar| self.device.function.bar_file(bar));
+                        let reply = self.reply.finish(&header);
+                        match file {
+                            Some(file) => send_with(&socket, reply, file)?,
+                            None => reply,
+                        }
+                    }
                     Err(refusal) => self.reply.refuse(&header, refusal.errno()),
                 };
                 send_all(&socket, reply)?;
@@ -139,6 +148,29 @@ fn send_all(socket: impl AsFd, mut message: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Sends a descriptor with the first bytes of a message, which are all of them unless the socket's buffer is
+/// full; what is left to send.
+fn send_with<'m>(
+    socket: impl AsFd,
+    message: &'m [u8],
+    file: BorrowedFd<'_>,
+) -> io::Result<&'m [u8]> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    loop {
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let files = [file];
+        if !control.push(SendAncillaryMessage::ScmRights(&files)) {
+            return Err(Errno::NOBUFS.into());
+        }
+        let bytes = [IoSlice::new(message)];
+        match sendmsg(&socket, &bytes, &mut control, SendFlags::NOSIGNAL) {
+            Ok(sent) => return Ok(message.get(sent..).unwrap_or_default()),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 impl Device {
@@ -222,10 +254,8 @@ impl Device {
                 reply.u32(16).u32(DEVICE_FLAGS);
                 reply.u32(regions::COUNT).u32(irq::COUNT);
             }
-            Request::GetRegionInfo { index } => {
-                let (size, flags) = (self.regions.size(index)?, self.regions.flags(index)?);
-                reply.u32(32).u32(flags).u32(index).u32(0);
-                reply.u64(size).u64(0);
+            Request::GetRegionInfo { argsz, index } => {
+                self.regions.describe(index, argsz, reply)?;
             }
             Request::GetRegionIoFds { index } => {
                 self.regions.size(index)?;

@@ -149,6 +149,8 @@ pub enum Request<'a> {
     GetInfo,
     /// `DEVICE_GET_REGION_INFO`.
     GetRegionInfo {
+        /// The client's room for the reply's body, at least 32 bytes.
+        argsz: u32,
         /// Region index.
         index: u32,
     },
@@ -338,8 +340,8 @@ fn decode_body(number: u16, body: &[u8]) -> Option<Result<Request<'_>, Refusal>>
         }),
         command::GET_INFO => room(16, Request::GetInfo),
         command::GET_REGION_INFO => {
-            let index = u32_at(body, 8)?;
-            room(32, Request::GetRegionInfo { index })
+            let (argsz, index) = (u32_at(body, 0)?, u32_at(body, 8)?);
+            room(32, Request::GetRegionInfo { argsz, index })
         }
         command::GET_REGION_IO_FDS => {
             let index = u32_at(body, 8)?;
@@ -428,6 +430,7 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
 pub struct Reply {
     buffer: Box<[u8]>,
     len: usize,
+    bar: Option<u8>,
 }
 
 impl Default for Reply {
@@ -443,12 +446,26 @@ impl Reply {
         Self {
             buffer: vec![0; HEADER_SIZE + 16 + MAX_TRANSFER].into_boxed_slice(),
             len: HEADER_SIZE,
+            bar: None,
         }
     }
 
     /// Drops what was put; the next [`finish`](Self::finish) gives an empty body.
     pub fn clear(&mut self) {
         self.len = HEADER_SIZE;
+        self.bar = None;
+    }
+
+    /// Says that the file of a BAR goes with the reply.
+    pub fn with_file_of(&mut self, bar: u8) -> &mut Self {
+        self.bar = Some(bar);
+        self
+    }
+
+    /// The BAR whose file goes with the reply, if one does.
+    #[must_use]
+    pub fn file_of(&self) -> Option<u8> {
+        self.bar
     }
 
     /// Appends a 16-bit number.

@@ -69,6 +69,7 @@ pub fn serve() -> Served {
                 size: BAR0,
                 is_64bit: true,
                 prefetchable: false,
+                mappable: Vec::new(),
             }],
             config_size: 4096,
             msix_vectors: VECTORS,

@@ -1,6 +1,8 @@
 //! The vfio-user server from outside: the `vfio_user` crate's client, and sockets driven by hand.
 
 #[cfg(test)]
+mod aperture;
+#[cfg(test)]
 mod cuts;
 #[cfg(test)]
 mod device;

@@ -1,6 +1,6 @@
 //! A client that sends exactly the bytes it is told to.
 
-use std::io::{IoSlice, Read as _};
+use std::io::{IoSlice, IoSliceMut, Read as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -8,7 +8,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 
 pub const VERSION: u16 = 1;
 pub const DMA_MAP: u16 = 2;
@@ -47,6 +50,21 @@ pub struct Answer {
     pub body: Vec<u8>,
 }
 
+impl Answer {
+    fn new(header: &[u8], body: Vec<u8>) -> Self {
+        let half = |at: usize| u16::from_ne_bytes([header[at], header[at + 1]]);
+        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+        assert_eq!(word(4) as usize, 16 + body.len());
+        Self {
+            id: half(0),
+            command: half(2),
+            flags: word(8),
+            errno: word(12),
+            body,
+        }
+    }
+}
+
 impl Raw {
     pub fn connect(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
@@ -81,17 +99,10 @@ impl Raw {
     pub fn try_answer(&mut self) -> std::io::Result<Answer> {
         let mut header = [0; 16];
         self.stream.read_exact(&mut header)?;
-        let half = |at: usize| u16::from_ne_bytes([header[at], header[at + 1]]);
-        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
-        let mut body = vec![0; word(4) as usize - 16];
+        let size = u32::from_ne_bytes(header[4..8].try_into().unwrap());
+        let mut body = vec![0; size as usize - 16];
         self.stream.read_exact(&mut body)?;
-        Ok(Answer {
-            id: half(0),
-            command: half(2),
-            flags: word(8),
-            errno: word(12),
-            body,
-        })
+        Ok(Answer::new(&header, body))
     }
 
     pub fn answer(&mut self) -> Answer {
@@ -104,6 +115,26 @@ impl Raw {
         let answer = self.answer();
         assert_eq!(answer.command, command);
         answer
+    }
+
+    /// Sends one message and returns its reply with the descriptors that came with it, all in one receive.
+    pub fn ask_for_fds(&mut self, command: u16, body: &[u8]) -> (Answer, Vec<OwnedFd>) {
+        self.send(&message(command, body), &[]);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut bytes = [0; 4096];
+        let mut places = [IoSliceMut::new(&mut bytes)];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let got = recvmsg(&self.stream, &mut places, &mut control, flags).unwrap();
+        let fds = control.drain().flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+            _ => Vec::new(),
+        });
+        let fds = fds.collect();
+        let (header, body) = bytes[..got.bytes].split_at(16);
+        let answer = Answer::new(header, body.to_vec());
+        assert_eq!(answer.command, command);
+        (answer, fds)
     }
 
     /// Sends one message and returns the error number of its reply.

@@ -32,7 +32,7 @@ pub fn page(root: &Path) -> Result<String> {
     }
     page += "\n## Doorbells (BAR 2)\n";
     page += &block(&pci::doorbell::BLOCK);
-    page += "\n## MSI-X (BAR 4)\n\n";
+    page += "\n## MSI-X (BAR 1)\n\n";
     page += &format!(
         "The table is at {:#x}, the pending bits are at {:#x}. Vector {} tells of faults and \
          ownership, vector {} + `q` of traps of queue `q`; there are {} vectors.\n",
@@ -61,22 +61,39 @@ const LEGEND: &str = "\n\
 
 /// The identity of the PCI function and its BARs.
 fn function() -> String {
-    let row = |bar: u8, size: u64, what: &str| {
+    let row = |bar: u8, size: u64, bits: &str, what: &str| {
         [
             bar.to_string(),
             format!("{size:#x}"),
-            "64-bit, not prefetchable".to_owned(),
+            format!("{bits}-bit, not prefetchable"),
             what.to_owned(),
         ]
     };
     let bars = [
-        row(pci::BAR_REGISTERS, pci::BAR_REGISTERS_SIZE, "registers"),
-        row(pci::BAR_DOORBELLS, pci::BAR_DOORBELLS_SIZE, "doorbells"),
+        row(
+            pci::BAR_REGISTERS,
+            pci::BAR_REGISTERS_SIZE,
+            "32",
+            "registers",
+        ),
         row(
             pci::BAR_MSIX,
             pci::BAR_MSIX_SIZE,
+            "32",
             "MSI-X table and pending bits",
         ),
+        row(
+            pci::BAR_DOORBELLS,
+            pci::BAR_DOORBELLS_SIZE,
+            "64",
+            "doorbells",
+        ),
+        [
+            pci::BAR_APERTURE.to_string(),
+            "a power of two".to_owned(),
+            "64-bit, prefetchable".to_owned(),
+            "HBM, one partition behind the other; only with `HBM_APERTURE` in `CAPS`".to_owned(),
+        ],
     ];
     format!(
         "\n## PCI function\n\nVendor {:#06x}, device {:#06x} by default; class {:#08x}, a processing \

@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
-use numagpu_topology::Plan;
 use numagpu_vmm_glue::instance::Instance;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -41,11 +40,7 @@ pub fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     let mut links = Links(Vec::new());
     if args.hbm_dir.is_none() {
         // A name for memory that has none: whoever opens the link gets the memory file.
-        let files = plan
-            .gpus
-            .iter()
-            .flat_map(|gpu| (0..gpu.hbm.len()).map(move |part| Plan::hbm_file(gpu, part)));
-        for (name, fd) in files.zip(instance.hbm_fds()) {
+        for (name, fd) in instance.unnamed_hbm() {
             let link = args.socket_dir.join(name);
             if link.is_symlink() {
                 std::fs::remove_file(&link)

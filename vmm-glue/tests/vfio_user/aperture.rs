@@ -1,0 +1,374 @@
+//! A GPU whose HBM a client maps from BAR 4.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use numagpu_devices::bus::{HbmStore, PciFunction};
+use numagpu_devices::spec::regs::{
+    self, Caps, OwnerCommand, OwnerResult, OwnerState, QUEUE_ENABLE, QueueState, boot, identity,
+    partition, queue,
+};
+use numagpu_devices::spec::table::Reg;
+use numagpu_devices::spec::{pci, sdma};
+use numagpu_devices::{ApertureConfig, Fabric, Gpu, GpuConfig, PartitionConfig};
+use numagpu_vmm_glue::hbm::HbmBacking;
+use numagpu_vmm_glue::vfio_user::Server;
+use rustix::fs::fstat;
+use tempfile::TempDir;
+use vfio_user::Client;
+use vm_memory::{Bytes as _, FileOffset, MmapRegion, VolatileMemory as _};
+
+use crate::raw::*;
+
+const MIB: u64 = 1 << 20;
+/// Bytes of each of two partitions.
+const PART: u64 = 2 * MIB;
+/// Where packets find the first.
+const BASE: u64 = 0x100_0000_0000;
+const APERTURE: u32 = pci::BAR_APERTURE as u32;
+const REGISTERS: u32 = pci::BAR_REGISTERS as u32;
+const DOORBELLS: u32 = pci::BAR_DOORBELLS as u32;
+const TOKEN: u64 = 0x6170;
+/// Guest RAM: the ring, then what is copied.
+const RAM: u64 = 0x10_0000;
+const DATA: u64 = RAM + 0x8000;
+
+struct Served {
+    hbm: Arc<HbmBacking>,
+    server: Server,
+    _dir: TempDir,
+}
+
+impl Served {
+    fn path(&self) -> PathBuf {
+        self.server.path().to_owned()
+    }
+}
+
+/// A GPU of two partitions behind a BAR of so many bytes.
+fn serve(size: u64) -> Served {
+    let hbm = Arc::new(HbmBacking::memfd("gpu0", 2 * PART).unwrap());
+    let parts = hbm.split(&[PART, PART]).unwrap();
+    let bases = (0..).map(|index| BASE + index * PART);
+    let partitions = bases.zip(parts).map(|(base, part)| PartitionConfig {
+        base,
+        size: PART,
+        pxm: None,
+        store: Arc::new(part),
+    });
+    let config = GpuConfig {
+        aperture: Some(ApertureConfig {
+            size,
+            coherent: true,
+        }),
+        boot_delay: Duration::ZERO,
+        ..GpuConfig::new(0, partitions.collect())
+    };
+    let gpu: Arc<dyn PciFunction> = Gpu::new(config, Fabric::new()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::bind(dir.path().join("gpu0"), gpu).unwrap();
+    Served {
+        hbm,
+        server,
+        _dir: dir,
+    }
+}
+
+/// A driver behind a client.
+struct Driver {
+    raw: Raw,
+    ram: OwnedFd,
+    write_pointer: u64,
+}
+
+impl Driver {
+    /// Connects, boots, claims both partitions and enables queue 0.
+    fn new(served: &Served) -> Self {
+        let mut driver = Self {
+            raw: Raw::ready(&served.path()),
+            ram: memfd(0x1_0000),
+            write_pointer: 0,
+        };
+        let map = map_body(3, 0, RAM, 0x1_0000);
+        assert_eq!(driver.raw.errno(DMA_MAP, &map, &[driver.ram.as_fd()]), 0);
+        driver.start();
+        driver
+    }
+
+    fn start(&mut self) {
+        self.write(7, 4, &[6, 0]);
+        self.set(boot::BASE, &boot::CONTROL, 1);
+        for part in 0..2 {
+            let claimed = self.command(part, OwnerCommand::Claim);
+            assert_eq!(claimed, Some(OwnerResult::Ok));
+        }
+        self.set(queue::BASE, &queue::RING_BASE, RAM);
+        self.set(queue::BASE, &queue::RING_SIZE, 4096);
+        self.set(queue::BASE, &queue::TOKEN, TOKEN);
+        self.set(queue::BASE, &queue::CONTROL, QUEUE_ENABLE.into());
+        self.write_pointer = 0;
+    }
+
+    fn read(&mut self, region: u32, offset: u64, len: u32) -> Vec<u8> {
+        let body = region_body(offset, region, len, &[]);
+        self.raw.ask(READ, &body, &[]).body[16..].to_vec()
+    }
+
+    fn write(&mut self, region: u32, offset: u64, data: &[u8]) {
+        let len = u32::try_from(data.len()).unwrap();
+        let body = region_body(offset, region, len, data);
+        assert_eq!(self.raw.errno(WRITE, &body, &[]), 0);
+    }
+
+    fn set(&mut self, base: u32, reg: &Reg, value: u64) {
+        let data = &value.to_le_bytes()[..reg.width.bytes() as usize];
+        self.write(REGISTERS, (base + reg.offset).into(), data);
+    }
+
+    fn get(&mut self, base: u32, reg: &Reg) -> u64 {
+        let mut value = [0; 8];
+        let len = reg.width.bytes();
+        let data = self.read(REGISTERS, (base + reg.offset).into(), len);
+        value[..len as usize].copy_from_slice(&data);
+        u64::from_le_bytes(value)
+    }
+
+    fn get32(&mut self, base: u32, reg: &Reg) -> u32 {
+        u32::try_from(self.get(base, reg)).unwrap()
+    }
+
+    fn command(&mut self, part: u32, command: OwnerCommand) -> Option<OwnerResult> {
+        let base = partition::BASE + part * partition::STRIDE;
+        self.set(base, &partition::TOKEN, TOKEN);
+        self.set(base, &partition::COMMAND, command.code().into());
+        OwnerResult::from_code(self.get32(base, &partition::RESULT))
+    }
+
+    fn wait(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
+        let since = Instant::now();
+        while !done(self) {
+            assert!(since.elapsed() < Duration::from_secs(10), "too long");
+        }
+    }
+
+    fn wait_free(&mut self, part: u32) {
+        let base = partition::BASE + part * partition::STRIDE;
+        let free = OwnerState::Free.code();
+        self.wait(|driver| driver.get32(base, &partition::STATE) == free);
+    }
+
+    /// One copy by the engine.
+    fn copy(&mut self, source: u64, destination: u64, len: u64) {
+        let packet = sdma::copy_linear(source, destination, len);
+        let words = words(&packet);
+        let written = rustix::io::pwrite(&self.ram, &words, self.write_pointer);
+        assert_eq!(written, Ok(words.len()));
+        self.write_pointer += words.len() as u64;
+        self.write(DOORBELLS, 0, &self.write_pointer.to_le_bytes());
+        let running = QueueState::Running.code();
+        self.wait(|driver| driver.get32(queue::BASE, &queue::STATUS) != running);
+        let state = self.get32(queue::BASE, &queue::STATUS);
+        assert_eq!(QueueState::from_code(state), Some(QueueState::Idle));
+    }
+}
+
+fn info(raw: &mut Raw, argsz: u32, index: u32) -> (Answer, Vec<OwnedFd>) {
+    raw.ask_for_fds(REGION_INFO, &words(&[argsz, 0, index, 0, 0, 0, 0, 0]))
+}
+
+/// The aperture as a client maps it.
+fn map(raw: &mut Raw) -> MmapRegion {
+    let (_, mut fds) = info(raw, 64, APERTURE);
+    let file = FileOffset::new(fds.pop().unwrap().into(), 0);
+    let len = usize::try_from(2 * PART).unwrap();
+    MmapRegion::from_file(file, len).unwrap()
+}
+
+#[test]
+fn a_partly_mappable_region_is_described_byte_for_byte() {
+    let served = serve(8 * MIB);
+    let mut raw = Raw::ready(&served.path());
+    let (id, _) = served.hbm.backing();
+    // Too little room for the capability, then enough, then more than enough.
+    for argsz in [32, 63, 64, 4000] {
+        let (answer, fds) = info(&mut raw, argsz, APERTURE);
+        assert_eq!((answer.errno, answer.flags), (0, 1));
+        #[rustfmt::skip]
+        let fixed = [
+            64, 0, 0, 0, // argsz: what the whole answer takes
+            0xf, 0, 0, 0, // read, write, map, capabilities
+            4, 0, 0, 0, // index
+            32, 0, 0, 0, // offset of the capability
+            0, 0, 0x80, 0, 0, 0, 0, 0, // 8 MiB
+            0, 0, 0, 0, 0, 0, 0, 0, // offset in the file
+        ];
+        #[rustfmt::skip]
+        let capability = [
+            1, 0, 1, 0, // sparse map, version 1
+            0, 0, 0, 0, // the last one
+            1, 0, 0, 0, // one area
+            0, 0, 0, 0,
+            0, 0, 0, 0, 0, 0, 0, 0, // from 0
+            0, 0, 0x40, 0, 0, 0, 0, 0, // 4 MiB
+        ];
+        if argsz < 64 {
+            assert_eq!(answer.body, fixed, "{argsz}");
+        } else {
+            assert_eq!(answer.body, [&fixed[..], &capability].concat());
+        }
+        assert_eq!(fds.len(), 1);
+        let stat = fstat(&fds[0]).unwrap();
+        assert_eq!((stat.st_dev, stat.st_ino), (id.device, id.inode));
+    }
+    for argsz in [0, 31] {
+        let body = words(&[argsz, 0, APERTURE, 0, 0, 0, 0, 0]);
+        assert_eq!(raw.errno(REGION_INFO, &body, &[]), 22);
+    }
+}
+
+#[test]
+fn regions_without_areas_or_with_one_of_all_need_no_capability() {
+    let served = serve(4 * MIB);
+    let mut raw = Raw::ready(&served.path());
+    let sizes = [0x1_0000, 0x2000, 0x1000, 0, 4 * MIB, 0, 0, 4096, 0];
+    for (index, size) in (0..).zip(sizes) {
+        for argsz in [32, 64] {
+            let (answer, fds) = info(&mut raw, argsz, index);
+            let flags = match (index, size) {
+                (_, 0) => 0,
+                (APERTURE, _) => 7,
+                _ => 3,
+            };
+            let expected = [words(&[32, flags, index, 0]), longs(&[size, 0])].concat();
+            assert_eq!(answer.body, expected, "region {index}");
+            assert_eq!(fds.len(), usize::from(index == APERTURE));
+        }
+    }
+}
+
+#[test]
+fn the_client_of_cloud_hypervisor_finds_what_to_map() {
+    for (size, areas) in [(8 * MIB, vec![(0, 4 * MIB)]), (4 * MIB, vec![])] {
+        let served = serve(size);
+        let client = Client::new(&served.path()).unwrap();
+        let region = client.region(APERTURE).unwrap();
+        assert_eq!((region.size, region.flags & 7), (size, 7));
+        assert!(region.file_offset.is_some());
+        let found: Vec<_> = region
+            .sparse_areas
+            .iter()
+            .map(|area| (area.offset, area.size))
+            .collect();
+        assert_eq!(found, areas);
+        assert!(client.region(REGISTERS).unwrap().file_offset.is_none());
+    }
+}
+
+#[test]
+fn a_map_shows_what_engines_and_messages_write_and_they_what_it_does() {
+    let served = serve(8 * MIB);
+    let mut driver = Driver::new(&served);
+    let caps = Caps::from_bits(driver.get(identity::BASE, &identity::CAPS));
+    assert_eq!(caps, Some(Caps::HBM_APERTURE | Caps::COHERENT_HBM));
+    let cpu = map(&mut driver.raw);
+    let cpu = cpu.as_volatile_slice();
+    let pattern: Vec<u8> = (0..=250).cycle().take(0x4000).collect();
+    let len = pattern.len() as u64;
+
+    // From RAM into the second partition: the CPU sees it at its offset in the BAR.
+    assert_eq!(
+        rustix::io::pwrite(&driver.ram, &pattern, DATA - RAM),
+        Ok(pattern.len())
+    );
+    driver.copy(DATA, BASE + PART + 0x1230, len);
+    let at = usize::try_from(PART + 0x1230).unwrap();
+    let mut seen = vec![0; pattern.len()];
+    cpu.read_slice(&mut seen, at).unwrap();
+    assert!(seen == pattern);
+    assert!(driver.read(APERTURE, PART + 0x1230, 0x4000) == pattern);
+
+    // What the CPU writes, across the border of the partitions, the engine copies out.
+    let border = usize::try_from(PART - 8).unwrap();
+    cpu.write_slice(b"one map of two partitions", border)
+        .unwrap();
+    driver.copy(BASE + PART - 8, DATA, 25);
+    let mut seen = [0; 25];
+    assert_eq!(
+        rustix::io::pread(&driver.ram, &mut seen, DATA - RAM),
+        Ok(25)
+    );
+    assert_eq!(&seen, b"one map of two partitions");
+    assert_eq!(driver.read(APERTURE, PART - 8, 25), seen);
+
+    // What a message writes; what is behind the HBM only messages reach.
+    driver.write(APERTURE, 2 * PART - 2, &[1, 2, 3, 4]);
+    let end = usize::try_from(2 * PART - 2).unwrap();
+    assert_eq!(cpu.read_obj::<[u8; 2]>(end).unwrap(), [1, 2]);
+    assert_eq!(driver.read(APERTURE, 2 * PART - 2, 4), [1, 2, 0xff, 0xff]);
+    assert_eq!(driver.read(APERTURE, 8 * MIB - 4, 4), [0xff; 4]);
+    let beyond = region_body(8 * MIB - 3, APERTURE, 4, &[]);
+    assert_eq!(driver.raw.errno(READ, &beyond, &[]), 22);
+}
+
+#[test]
+fn the_clients_map_of_the_bar_may_come_and_go() {
+    let served = serve(8 * MIB);
+    let mut driver = Driver::new(&served);
+    // As QEMU does it: without a descriptor, and again each time that decoding is turned on.
+    for address in [0x38_0000_0000, 0x38_0000_0000, 0x3a_0000_0000] {
+        let body = map_body(3, 0, address, 2 * PART);
+        assert_eq!(driver.raw.errno(DMA_MAP, &body, &[]), 0);
+        assert_eq!(driver.raw.errno(DMA_MAP, &body, &[]), 0, "the same again");
+        let aperture = regs::Coherence::Aperture.code();
+        assert_eq!(
+            driver.get32(partition::BASE, &partition::COHERENCE),
+            aperture
+        );
+        driver.copy(BASE, BASE + PART, 64);
+        let body = unmap_body(0, address, 2 * PART);
+        assert_eq!(driver.raw.errno(DMA_UNMAP, &body, &[]), 0);
+    }
+    driver.copy(BASE, BASE + PART, 64);
+}
+
+#[test]
+fn scrubs_show_through_the_map_and_stay_in_their_part() {
+    let served = serve(8 * MIB);
+    let mut driver = Driver::new(&served);
+    let region = map(&mut driver.raw);
+    let cpu = region.as_volatile_slice();
+    let fill = || cpu.write_slice(&vec![0x5a; cpu.len()], 0).unwrap();
+    let part = usize::try_from(PART).unwrap();
+    let holds = |index: usize, byte: u8| {
+        let mut seen = vec![1; part];
+        cpu.read_slice(&mut seen, index * part).unwrap();
+        seen.iter().all(|found| *found == byte)
+    };
+    fill();
+    assert_eq!(
+        driver.command(1, OwnerCommand::Release),
+        Some(OwnerResult::Ok)
+    );
+    driver.wait_free(1);
+    assert!(holds(0, 0x5a) && holds(1, 0));
+    assert_eq!(
+        driver.command(1, OwnerCommand::Claim),
+        Some(OwnerResult::Ok)
+    );
+
+    fill();
+    assert_eq!(driver.raw.errno(RESET, &[], &[]), 0);
+    driver.wait_free(0);
+    driver.wait_free(1);
+    assert!(holds(0, 0) && holds(1, 0));
+    driver.start();
+    fill();
+    driver.copy(BASE + PART, BASE, 0x1000);
+    drop(driver);
+    // The next client finds zeros, and what the last one kept mapped is the same memory.
+    let mut next = Driver::new(&served);
+    assert!(next.read(APERTURE, 0, 0x8000).iter().all(|byte| *byte == 0));
+    assert!(holds(0, 0) && holds(1, 0));
+}
