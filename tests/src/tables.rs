@@ -1,5 +1,8 @@
 //! ACPI tables, decoded: whoever wrote them, they are compared as what they say.
 
+use std::collections::BTreeMap;
+
+use numagpu_topology::linux::access;
 use numagpu_topology::ranges::Range;
 
 /// Bytes of a table's header (ACPI 6.5, section 5.2.6).
@@ -146,6 +149,34 @@ pub struct Hmat {
     pub bandwidths: Vec<(u32, u32, u64)>,
     /// Initiators of the matrices.
     pub initiators: Vec<u32>,
+}
+
+impl Hmat {
+    /// The same as Linux reads it. Initiators that a structure of type 0 names have CPUs.
+    #[must_use]
+    pub fn reads(&self) -> access::Hmat {
+        let attached = self.attached.iter();
+        let attached: BTreeMap<u32, u32> = attached
+            .filter_map(|(memory, processor)| Some((*memory, (*processor)?)))
+            .collect();
+        let matrix = |values: &[(u32, u32, u64)]| {
+            let pairs = values.iter();
+            pairs
+                .map(|(from, to, value)| ((*from, *to), *value))
+                .collect()
+        };
+        let has_cpus = |pxm: &u32| attached.values().any(|processor| processor == pxm);
+        access::Hmat {
+            initiators: self
+                .initiators
+                .iter()
+                .map(|pxm| (*pxm, has_cpus(pxm)))
+                .collect(),
+            latency_ps: matrix(&self.latencies),
+            bandwidth_mbs: matrix(&self.bandwidths),
+            attached,
+        }
+    }
 }
 
 /// The contents of an HMAT of revision 2.

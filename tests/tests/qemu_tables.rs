@@ -15,10 +15,10 @@ use numagpu_tests::corner::Corner;
 use numagpu_tests::numbers::Numbers;
 use numagpu_tests::programs::assets;
 use numagpu_tests::qtest::Qtest;
-use numagpu_tests::tables::{self, Affinity};
+use numagpu_tests::tables::{self, Affinity, Hmat};
 use numagpu_topology::ranges::Range;
 use numagpu_topology::size::{GIB, MIB};
-use numagpu_topology::{Plan, acpi, linux, memory_map, parse, plan, platform, preset};
+use numagpu_topology::{Plan, acpi, linux, memory_map, parse, plan, platform, preset, qemu};
 use numagpu_vmm_glue::instance::Instance;
 
 /// What a QEMU with the plan's machine hands to firmware.
@@ -161,12 +161,37 @@ fn check_slit(plan: &Plan, handed: &Handed) {
     );
 }
 
+fn check_hmat(plan: &Plan, handed: &Handed) {
+    let predicted = qemu::hmat(plan);
+    let theirs = tables::find(&handed.tables, "HMAT").map(tables::hmat);
+    assert_eq!(theirs.as_ref().map(Hmat::reads), predicted);
+    let Some(theirs) = theirs else { return };
+    // Ours rounds to other units where values are too far apart for 16 bits; no planned value is far from either.
+    let own = tables::hmat(&ours(plan, "HMAT").unwrap());
+    assert_eq!(theirs.attached, own.attached);
+    assert_eq!(theirs.initiators, own.initiators);
+    for (theirs, own) in [
+        (&theirs.latencies, &own.latencies),
+        (&theirs.bandwidths, &own.bandwidths),
+    ] {
+        let largest = own.iter().map(|(_, _, value)| *value).max().unwrap_or(0);
+        assert_eq!(theirs.len(), own.len());
+        for (one, other) in theirs.iter().zip(own) {
+            assert_eq!((one.0, one.1), (other.0, other.1));
+            // QEMU's unit is at most ten times what 16 bits need, and no value becomes 0.
+            let tolerance = 1 + largest * 11 / 65_534;
+            assert!(one.2.abs_diff(other.2) <= tolerance, "{one:?} {other:?}");
+        }
+    }
+}
+
 #[track_caller]
 fn check(plan: &Plan) {
     let handed = handed(plan);
     check_e820(plan, &handed);
     check_srat(plan, &handed);
     check_slit(plan, &handed);
+    check_hmat(plan, &handed);
 }
 
 #[track_caller]
@@ -202,6 +227,19 @@ fn machine(n: &mut Numbers) -> String {
     let mut text = String::new();
     let cpus = 1 + n.below(4);
     let ram = memory(n).max(cpus);
+    // Latencies and bandwidths as real machines have them, or anything.
+    let (ns, mbs) = n.one_of([
+        (0, 0),
+        (1000, 0),
+        (1000, 2_000_000),
+        (5_000_000, 4_000_000_000),
+    ]);
+    let accesses = |n: &mut Numbers, prefix: &str| {
+        let latency = n.one_of([0, ns.min(20), ns, ns]);
+        let bandwidth = n.one_of([0, mbs.min(20), mbs, mbs]);
+        let (latency, bandwidth) = (n.below(latency + 1), n.below(bandwidth + 1));
+        format!("{prefix}latency_ns = {latency}\n{prefix}bandwidth_mbs = {bandwidth}\n")
+    };
     for node in 0..cpus {
         let share = ram / cpus + if node == 0 { ram % cpus } else { 0 };
         let count = 1 + n.below(6);
@@ -211,6 +249,7 @@ fn machine(n: &mut Numbers) -> String {
             2 * share
         )
         .unwrap();
+        text += &accesses(n, "");
     }
     let gpus = 1 + n.below(8);
     let all_initiators = n.once_in(3);
@@ -225,6 +264,7 @@ fn machine(n: &mut Numbers) -> String {
             "[[gpu]]\nhbm = \"{hbm}MiB\"\npartitions = {partitions}\ncpu = {cpu}"
         )
         .unwrap();
+        text += &accesses(n, "hbm_");
         if all_initiators || n.once_in(4) {
             writeln!(text, "generic_initiator = true").unwrap();
             if n.once_in(2) {
@@ -241,6 +281,12 @@ fn machine(n: &mut Numbers) -> String {
     for to in 1..gpus {
         let from = n.below(to);
         writeln!(text, "[[link]]\nfrom = \"gpu{from}\"\nto = \"gpu{to}\"").unwrap();
+        text += &accesses(n, "");
+        if n.once_in(2) {
+            let cpu = n.below(cpus);
+            writeln!(text, "[[link]]\nfrom = \"gpu{to}\"\nto = \"cpu{cpu}\"").unwrap();
+            text += &accesses(n, "");
+        }
     }
     writeln!(text, "[distances]").unwrap();
     for name in [
@@ -265,7 +311,7 @@ fn machine(n: &mut Numbers) -> String {
 }
 
 /// How many machines the generator gives.
-const MACHINES: usize = 24;
+const MACHINES: usize = 32;
 
 /// Machines that can be planned.
 fn machines() -> Vec<(String, Plan)> {
@@ -317,6 +363,17 @@ fn the_generator_gives_machines_of_all_kinds() {
     });
     has("node numbers that are not those of the domains", &|plan| {
         plan.nodes.iter().any(|node| node.pxm != node.linux_node)
+    });
+    has("no HMAT", &|plan| qemu::hmat(plan).is_none());
+    has("an HMAT of CPUs and GPUs", &|plan| {
+        qemu::hmat(plan).is_some_and(|hmat| {
+            let pairs = hmat.latency_ps.keys().chain(hmat.bandwidth_mbs.keys());
+            let gpus = pairs.filter(|(from, _)| hmat.initiators.get(from) == Some(&false));
+            gpus.count() > 1
+        })
+    });
+    has("values that 16 bits do not hold", &|plan| {
+        !qemu::warnings(plan).is_empty()
     });
     let buses: BTreeSet<u8> = machines
         .iter()

@@ -3,12 +3,16 @@
 //! Needs QEMU 11.1 or newer: `sp-mem` gives each HBM range its own soft-reserved E820 entry and SRAT entry, and
 //! `vfio-user-pci` connects to the process that serves the GPU.
 
+mod hmat;
+
 use thiserror::Error;
 
 use crate::linux::{self, BootPath};
 use crate::plan::{NodeKind, OVMF_MAX_RANGES, Plan, backend_names};
 use crate::render::text::cpu_list;
 use crate::size::MIB;
+
+pub use hmat::{hmat, warnings};
 
 /// Most nodes that QEMU takes (`MAX_NODES` in `include/system/numa.h`).
 const MAX_NODES: usize = 128;
@@ -119,7 +123,7 @@ fn mib(bytes: u64) -> String {
     format!("{}M", bytes / MIB)
 }
 
-/// QEMU's arguments, without the program's name.
+/// QEMU's arguments, without the program's name. Latencies and bandwidths become an HMAT, see [`hmat`].
 ///
 /// # Errors
 /// [`QemuError`] where QEMU or the firmware cannot carry the machine.
@@ -152,7 +156,9 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
     let mut args: Vec<String> = Vec::new();
     let mut arg = |option: &str, value: String| args.extend([option.to_owned(), value]);
 
-    arg("-machine", "q35,usb=off,vmport=off".to_owned());
+    let accesses = hmat::arguments(plan);
+    let hmat = if accesses.is_empty() { "" } else { ",hmat=on" };
+    arg("-machine", format!("q35,usb=off,vmport=off{hmat}"));
     let thread = if host.accel == "tcg" {
         ",thread=multi"
     } else {
@@ -212,6 +218,9 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
         for (to, value) in row.iter().enumerate().filter(|(to, _)| *to != from) {
             arg("-numa", format!("dist,src={from},dst={to},val={value}"));
         }
+    }
+    for access in accesses {
+        arg("-numa", access);
     }
     for (index, (hbm, name)) in plan.hbm().zip(hbm_names).enumerate() {
         arg(

@@ -1,5 +1,7 @@
 //! Compares what a guest saw with what was planned, one fact at a time.
 
+mod access;
+
 use serde::Serialize;
 
 use crate::plan::{NodeKind, Plan};
@@ -84,6 +86,7 @@ pub fn verify(plan: &Plan, report: &Report) -> Vec<Fact> {
     let mut facts = Vec::new();
     memory_map(plan, report, &mut facts);
     nodes(plan, report, &mut facts);
+    access::classes(plan, report, &mut facts);
     dax(plan, report, &mut facts);
     gpus(plan, report, &mut facts);
     totals(plan, report, &mut facts);

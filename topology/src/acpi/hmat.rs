@@ -95,14 +95,14 @@ pub(super) fn hmat(plan: &Plan) -> Option<Table> {
         return None;
     }
     let mut body = vec![0; 4];
-    for node in plan.nodes.iter().filter(|node| !node.ranges.is_empty()) {
-        // Memory Proximity Domain Attributes, section 5.2.28.3: 40 bytes, with the nearest initiator.
-        let initiator = plan.nearest_cpu(node.pxm);
+    for node in plan.nodes.iter().filter(|node| !node.cpus.is_empty()) {
+        // Memory Proximity Domain Attributes, section 5.2.28.3: 40 bytes, with the processor that the memory is attached
+        // to. HBM has none, as in QEMU's table: Linux would take that processor for the best initiator, whatever the values.
         body.extend([0, 0, 0, 0]);
         body.extend(40u32.to_le_bytes());
-        body.extend(u16::from(initiator.is_some()).to_le_bytes());
+        body.extend(1u16.to_le_bytes());
         body.extend([0; 2]);
-        body.extend(initiator.unwrap_or(0).to_le_bytes());
+        body.extend(node.pxm.to_le_bytes());
         body.extend(node.pxm.to_le_bytes());
         body.extend([0; 20]);
     }

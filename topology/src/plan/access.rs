@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Gpu, NodeKind, Plan};
+use super::{Gpu, Plan};
 use crate::machine::Machine;
 
 /// Latency and bandwidth from one proximity domain to the memory of another.
@@ -89,19 +89,6 @@ impl Plan {
             .binary_search_by_key(&(initiator, target), key)
             .ok()?;
         self.accesses.get(found)
-    }
-
-    /// The CPU node next to a domain: itself if it has CPUs, else the one its GPU is attached to.
-    pub fn nearest_cpu(&self, pxm: u32) -> Option<u32> {
-        let node = self.nodes.iter().find(|node| node.pxm == pxm)?;
-        match node.kind {
-            NodeKind::Cpu => (!node.cpus.is_empty()).then_some(pxm),
-            NodeKind::Hbm => self
-                .gpus
-                .iter()
-                .find(|gpu| node.gpu.as_ref() == Some(&gpu.id))
-                .map(|gpu| gpu.cpu_pxm),
-        }
     }
 
     /// CPUs of each socket: those of a CPU node if all nodes have as many, in order; else 1.
