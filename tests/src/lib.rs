@@ -7,6 +7,9 @@
 //! | [`corner`] | a test's own directories, and whether anything is left in them |
 //! | [`process`] | a child with its output, deadlines, and a certain end |
 //! | [`host`] | what `/proc` says of processes |
+//! | [`numbers`] | a seeded generator |
+//! | [`qtest`] | a QEMU that runs no guest, to look into its machine |
+//! | [`tables`] | ACPI tables, decoded |
 #![allow(
     clippy::expect_used,
     clippy::panic,
@@ -16,5 +19,8 @@
 
 pub mod corner;
 pub mod host;
+pub mod numbers;
 pub mod process;
 pub mod programs;
+pub mod qtest;
+pub mod tables;

@@ -11,21 +11,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use numagpu_tests::numbers::Numbers;
 use numagpu_topology::acpi::tables;
 use numagpu_topology::{Plan, parse, plan, preset};
-
-/// Numbers that look random and are the same in every run (Knuth's MMIX generator).
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % bound
-    }
-}
 
 /// A machine of 1 to 4 CPU nodes and 0 to 6 GPUs with all that a description can say.
 fn machine(n: &mut Numbers) -> String {

@@ -87,6 +87,18 @@ fn check_driver(gpus: &[GpuSeen]) {
     }
 }
 
+/// What Linux shows of an access class: the only initiator, nanoseconds and MB/s.
+#[track_caller]
+fn check_access(report: &Report, node: u32, class: u32, wanted: (u32, u32, u32)) {
+    let (initiator, ns, mbs) = wanted;
+    let node = report.nodes.iter().find(|seen| seen.node == node).unwrap();
+    let mut classes = node.access.iter();
+    let seen = classes.find(|access| access.class == class).unwrap();
+    assert_eq!(seen.initiators, [initiator], "{node:?}");
+    assert_eq!(seen.latency_ns, (ns, ns), "{node:?}");
+    assert_eq!(seen.bandwidth_mbs, (mbs, mbs), "{node:?}");
+}
+
 #[track_caller]
 fn two_gpu(firmware: &str, kernel: &str) {
     let report = boot("two-gpu", firmware, kernel);
@@ -100,6 +112,13 @@ fn two_gpu(firmware: &str, kernel: &str) {
     assert_eq!(report.nodes[0].cpus, [0, 1]);
     for node in &report.nodes[1..] {
         assert_eq!((node.mem_total_kib, node.cpus.len()), (0, 0), "{node:?}");
+    }
+    check_access(&report, 0, 0, (0, 100, 48_000));
+    check_access(&report, 0, 1, (0, 100, 48_000));
+    for node in [1, 2] {
+        // The GPU reaches its own HBM best, and of those with CPUs there is one.
+        check_access(&report, node, 0, (node, 350, 1_600_000));
+        check_access(&report, node, 1, (0, 600, 36_000));
     }
     assert_eq!(report.gpus.len(), 2);
     for (gpu, (place, node)) in report.gpus.iter().zip([(0, 1), (1, 2)]) {

@@ -23,7 +23,7 @@
 //! | [`ranges`] | a range allocator that knows no policy |
 //! | [`mod@plan`] | the plan, and the policy that makes it |
 //! | [`platform`] | where QEMU's q35 machine puts RAM and device memory |
-//! | [`linux`] | what Linux makes of the tables: node numbers, command line |
+//! | [`linux`] | what Linux makes of the tables: node numbers, access classes, command line |
 //! | [`qom`] | the order in which QEMU walks its objects |
 //! | [`render`] | outputs for people and programs |
 //! | [`qemu`] | QEMU command lines |

@@ -1,8 +1,12 @@
 //! What Linux makes of the tables.
 //!
+//! Access classes: see [`access`].
+//!
 //! Node numbers: Linux gives node numbers to proximity domains in the order in which it first meets them, walking the
 //! SRAT twice: first processor and Generic Initiator entries, then memory entries (`drivers/acpi/numa/srat.c`,
 //! `acpi_numa_init`, `acpi_map_pxm_to_node`).
+
+pub mod access;
 
 use std::collections::BTreeMap;
 

@@ -10,6 +10,7 @@
 use thiserror::Error;
 
 use crate::plan::{E820Entry, Plan};
+use crate::platform;
 use crate::size::KIB;
 use crate::{E820_RAM, E820_RESERVED, E820_SOFT_RESERVED};
 
@@ -38,20 +39,32 @@ fn entry_bytes(entry: &E820Entry) -> [u8; ENTRY_BYTES] {
     bytes
 }
 
-/// The contents of fw_cfg's `etc/e820`: 20 bytes an entry. RAM is whole there, as QEMU has it: what is legacy video and
-/// BIOS memory is for firmware to carve out.
+/// Fewest address bits with which QEMU says that [`platform::AMD_HT`] is reserved (`pc_memory_init`).
+const HT_BITS: u32 = 40;
+
+/// The contents of fw_cfg's `etc/e820`: 20 bytes an entry, byte for byte and in the order of QEMU 11.1 with an AMD CPU,
+/// which is what its own emulation presents. RAM is whole there: what is legacy video and BIOS memory is for firmware to
+/// carve out. The range that HyperTransport keeps for itself comes first, if the guest's addresses reach it; no plan has
+/// anything there. HBM is in the order of GPUs and partitions.
 pub fn fw_cfg_e820(plan: &Plan) -> Vec<u8> {
+    let kept = (plan.holes.amd && plan.phys_bits >= HT_BITS).then_some(E820Entry {
+        base: platform::AMD_HT.base,
+        size: platform::AMD_HT.size,
+        kind: E820_RESERVED,
+    });
     let ram = plan.ram_whole().into_iter().map(|range| E820Entry {
         base: range.base,
         size: range.size,
         kind: E820_RAM,
     });
-    let rest = plan
-        .e820
-        .iter()
-        .copied()
-        .filter(|entry| entry.kind == E820_SOFT_RESERVED);
-    ram.chain(rest)
+    let rest = plan.hbm().map(|hbm| E820Entry {
+        base: hbm.base,
+        size: hbm.size,
+        kind: E820_SOFT_RESERVED,
+    });
+    kept.into_iter()
+        .chain(ram)
+        .chain(rest)
         .flat_map(|entry| entry_bytes(&entry))
         .collect()
 }
@@ -252,9 +265,17 @@ mod tests {
     }
 
     #[test]
-    fn fw_cfg_has_ram_whole() {
-        let bytes = fw_cfg_e820(&plan("two-gpu"));
-        assert_eq!(bytes.len(), 3 * ENTRY_BYTES);
-        assert_eq!(bytes[8..16], (1u64 << 30).to_le_bytes());
+    fn fw_cfg_has_ram_whole_and_the_range_of_hypertransport() {
+        let two = plan("two-gpu");
+        let bytes = fw_cfg_e820(&two);
+        assert_eq!(bytes.len(), 4 * ENTRY_BYTES);
+        assert_eq!(bytes[..8], 0xfd_0000_0000u64.to_le_bytes());
+        assert_eq!(bytes[16], 2);
+        assert_eq!(bytes[28..36], (1u64 << 30).to_le_bytes());
+        let small = Plan {
+            phys_bits: 39,
+            ..two
+        };
+        assert_eq!(fw_cfg_e820(&small), bytes[ENTRY_BYTES..]);
     }
 }

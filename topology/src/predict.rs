@@ -13,6 +13,7 @@ use crate::linux::BootPath;
 use crate::machine::{Driver, Exposure};
 use crate::plan::{Gpu, OVMF_MAX_RANGES, Plan};
 use crate::platform::{AMD_HT, PCI_HOLE64};
+use crate::qemu;
 use crate::ranges::Range;
 use crate::size::{GIB, Size, TIB};
 
@@ -115,6 +116,11 @@ impl Plan {
     }
 }
 
+/// Whether there is an HMAT: something is known of an access by a node that can be an initiator.
+fn has_hmat(plan: &Plan) -> bool {
+    qemu::hmat(plan).is_some()
+}
+
 fn dax(plan: &Plan, soft_reserved: &[Range]) -> Vec<Dax> {
     if plan.guest.driver == Driver::Kernel {
         return Vec::new();
@@ -128,7 +134,7 @@ fn dax(plan: &Plan, soft_reserved: &[Range]) -> Vec<Dax> {
             numa_node: plan.nearest_online(pxm),
         })
     };
-    let mut all: Vec<Dax> = if plan.has_hmat() {
+    let mut all: Vec<Dax> = if has_hmat(plan) {
         let inside = |range: &Range| soft_reserved.iter().any(|soft| soft.contains(range));
         let ranges = plan.hbm_ranges().into_iter().filter(inside);
         ranges.filter_map(device).collect()
@@ -217,7 +223,7 @@ fn warnings(plan: &Plan, boot: BootPath) -> Vec<Warning> {
                 continue;
             }
             let what = format!("{a} and {b} touch at {:#x}", second.base);
-            if plan.has_hmat() {
+            if has_hmat(plan) {
                 warn(
                     format!("{what}, and come out as one E820 entry"),
                     "OVMF joins neighbours; Linux makes a dax device of each only because there is an HMAT",
@@ -356,7 +362,7 @@ pub fn notes(plan: &Plan) -> Vec<String> {
         notes.push(format!(
             "Linux 6.3 and newer give HBM to kmem, so to the page allocator, unless the kernel is started with {argument}"
         ));
-        if plan.has_hmat() && plan.guest.driver == Driver::User {
+        if has_hmat(plan) && plan.guest.driver == Driver::User {
             notes.push(
                 "Linux 5.10 lists each range twice where there is an HMAT; the second dax device stays unbound".to_owned(),
             );

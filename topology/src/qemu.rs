@@ -3,15 +3,19 @@
 //! Needs QEMU 11.1 or newer: `sp-mem` gives each HBM range its own soft-reserved E820 entry and SRAT entry, and
 //! `vfio-user-pci` connects to the process that serves the GPU.
 
+mod hmat;
+
 use thiserror::Error;
 
 use crate::linux::{self, BootPath};
 use crate::machine::Exposure;
-use crate::plan::{Gpu, OVMF_MAX_RANGES, Plan, backend_names};
+use crate::plan::{Gpu, NodeKind, OVMF_MAX_RANGES, Plan, backend_names};
 use crate::platform::PCI_HOLE64;
 use crate::predict::{QBOOT_MAX_RANGES, root_slot};
 use crate::render::text::cpu_list;
 use crate::size::MIB;
+
+pub use hmat::{hmat, warnings};
 
 /// Most nodes that QEMU takes (`MAX_NODES` in `include/system/numa.h`).
 const MAX_NODES: usize = 128;
@@ -138,7 +142,7 @@ fn mib(bytes: u64) -> String {
     format!("{}M", bytes / MIB)
 }
 
-/// QEMU's arguments, without the program's name.
+/// QEMU's arguments, without the program's name. Latencies and bandwidths become an HMAT, see [`hmat`].
 ///
 /// # Errors
 /// [`QemuError`] where QEMU or the firmware cannot carry the machine.
@@ -178,10 +182,15 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
     let mut args: Vec<String> = Vec::new();
     let mut arg = |option: &str, value: String| args.extend([option.to_owned(), value]);
 
+    let accesses = hmat::arguments(plan);
+    let hmat = if accesses.is_empty() { "" } else { ",hmat=on" };
     let below_4g = plan.holes.below_4g;
     let below_4g = below_4g.map(|size| format!(",max-ram-below-4g={size}"));
     let below_4g = below_4g.unwrap_or_default();
-    arg("-machine", format!("q35,usb=off,vmport=off{below_4g}"));
+    arg(
+        "-machine",
+        format!("q35,usb=off,vmport=off{hmat}{below_4g}"),
+    );
     if plan.holes.pci_hole64 != PCI_HOLE64 {
         let size = plan.holes.pci_hole64;
         arg("-global", format!("q35-pcihost.pci-hole64-size={size}"));
@@ -250,12 +259,23 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
             .and_then(|i| ram_names.get(i))
             .map(|name| format!(",memdev={name}"))
             .unwrap_or_default();
-        arg("-numa", format!("node,nodeid={}{list}{memory}", node.pxm));
+        // RAM without CPUs belongs to the CPUs next to it; other nodes' initiator is what QEMU makes of them.
+        let is_memory = node.kind == NodeKind::Hbm && node.gpu.is_none();
+        let next_to = node.cpu_pxm.filter(|_| is_memory && !accesses.is_empty());
+        let next_to = next_to.map(|cpu| format!(",initiator={cpu}"));
+        let next_to = next_to.unwrap_or_default();
+        arg(
+            "-numa",
+            format!("node,nodeid={}{list}{memory}{next_to}", node.pxm),
+        );
     }
     for (from, row) in plan.slit.iter().enumerate() {
         for (to, value) in row.iter().enumerate().filter(|(to, _)| *to != from) {
             arg("-numa", format!("dist,src={from},dst={to},val={value}"));
         }
+    }
+    for access in accesses {
+        arg("-numa", access);
     }
     for (index, (hbm, name)) in plan.hbm().zip(hbm_names).enumerate() {
         let (node, base) = (hbm.pxm.unwrap_or_default(), hbm.base);

@@ -91,6 +91,21 @@ pub struct NodeSeen {
     pub distances: Vec<u32>,
     /// `MemTotal` of the node in KiB.
     pub mem_total_kib: u64,
+    /// Access classes that Linux shows, in order: 0 is of any initiator, 1 of those with CPUs.
+    pub access: Vec<AccessSeen>,
+}
+
+/// An access class of a node: who reaches its memory best, and how fast.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AccessSeen {
+    /// Number of the class.
+    pub class: u32,
+    /// Nodes of the initiators.
+    pub initiators: Vec<u32>,
+    /// Nanoseconds of a read and of a write; 0 = not known.
+    pub latency_ns: (u32, u32),
+    /// MB/s of reads and of writes; 0 = not known.
+    pub bandwidth_mbs: (u32, u32),
 }
 
 /// A memory entry of the SRAT.

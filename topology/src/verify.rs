@@ -1,5 +1,7 @@
 //! Compares what a guest saw with what was planned, one fact at a time.
 
+mod access;
+
 use serde::Serialize;
 
 use crate::linux::BootPath;
@@ -93,6 +95,7 @@ pub fn verify(plan: &Plan, boot: BootPath, report: &Report) -> Vec<Fact> {
     let mut facts = Vec::new();
     memory_map(plan, &prediction, report, &mut facts);
     nodes(plan, &prediction, report, &mut facts);
+    access::classes(plan, report, &mut facts);
     dax(plan, &prediction, report, &mut facts);
     gpus(plan, &prediction, report, &mut facts);
     totals(plan, report, &mut facts);

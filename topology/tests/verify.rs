@@ -11,11 +11,11 @@ use numagpu_topology::machine::{Driver, Exposure};
 use numagpu_topology::plan::Plan;
 use numagpu_topology::ranges::Range;
 use numagpu_topology::seen::{
-    DaxSeen, GpuSeen, NodeSeen, PartitionSeen, Report, SratMemory, Step, steps,
+    AccessSeen, DaxSeen, GpuSeen, NodeSeen, PartitionSeen, Report, SratMemory, Step, steps,
 };
 use numagpu_topology::size::GIB;
 use numagpu_topology::verify::{Fact, table, verify};
-use numagpu_topology::{E820_RAM, E820_SOFT_RESERVED, parse, plan, preset};
+use numagpu_topology::{E820_RAM, E820_SOFT_RESERVED, parse, plan, preset, qemu};
 
 fn planned(name: &str) -> Plan {
     plan(&parse(name, preset::find(name).unwrap().source).unwrap()).unwrap()
@@ -46,6 +46,7 @@ fn perfect(plan: &Plan) -> Report {
             true => 0,
             false => node.ranges.iter().map(|range| range.size).sum::<u64>() / 1024 - 20_000,
         },
+        access: accesses(plan, node.pxm),
     });
     let initiators: Vec<_> = plan.domains().filter(|d| d.initiator.is_some()).collect();
     let mut nodes_initiator: Vec<u32> = initiators
@@ -99,6 +100,28 @@ fn perfect(plan: &Plan) -> Report {
         gpus: plan.gpus.iter().map(|gpu| seen(plan, gpu)).collect(),
         problems: Vec::new(),
     }
+}
+
+/// Both access classes of a domain's node, or none.
+fn accesses(plan: &Plan, pxm: u32) -> Vec<AccessSeen> {
+    let Some(hmat) = qemu::hmat(plan) else {
+        return Vec::new();
+    };
+    // What has no memory is no target.
+    if plan.nodes[pxm as usize].ranges.is_empty() {
+        return Vec::new();
+    }
+    let seen = |number: u32| {
+        let class = hmat.class(pxm, number);
+        let nodes = class.initiators.iter();
+        AccessSeen {
+            class: number,
+            initiators: nodes.map(|pxm| plan.linux_node(*pxm).unwrap()).collect(),
+            latency_ns: (class.latency_ns, class.latency_ns),
+            bandwidth_mbs: (class.bandwidth_mbs, class.bandwidth_mbs),
+        }
+    };
+    vec![seen(0), seen(1)]
 }
 
 fn seen(plan: &Plan, gpu: &numagpu_topology::plan::Gpu) -> GpuSeen {
@@ -244,6 +267,9 @@ fn every_deviation_fails_its_own_facts() {
                 "online nodes",
                 "node 2 CPUs and distances",
                 "node 2 page-allocator memory",
+                "nodes with access classes",
+                "node 2 access0",
+                "node 2 access1",
             ],
         ),
         (
@@ -288,6 +314,47 @@ fn every_deviation_fails_its_own_facts() {
             "the page allocator has HBM",
             |r| r.nodes[2].mem_total_kib = 4 << 20,
             &["node 2 page-allocator memory"],
+        ),
+        (
+            "an access class is missing",
+            |r| {
+                r.nodes[1].access.remove(0);
+            },
+            &["node 1 access0"],
+        ),
+        (
+            "a node has no access class",
+            |r| r.nodes[2].access.clear(),
+            &[
+                "nodes with access classes",
+                "node 2 access0",
+                "node 2 access1",
+            ],
+        ),
+        (
+            "the CPU is the best initiator of HBM",
+            |r| r.nodes[1].access[0].initiators = vec![0],
+            &["node 1 access0"],
+        ),
+        (
+            "HBM has a second initiator",
+            |r| r.nodes[1].access[0].initiators.push(2),
+            &["node 1 access0"],
+        ),
+        (
+            "a latency is another",
+            |r| r.nodes[0].access[1].latency_ns = (101, 101),
+            &["node 0 access1"],
+        ),
+        (
+            "a write has another latency than a read",
+            |r| r.nodes[2].access[0].latency_ns.1 += 1,
+            &["node 2 access0"],
+        ),
+        (
+            "a bandwidth is not known",
+            |r| r.nodes[2].access[1].bandwidth_mbs = (0, 0),
+            &["node 2 access1"],
         ),
         (
             "a dax device leads to another node",
@@ -500,6 +567,21 @@ fn a_kernel_driver_makes_no_dax_device() {
     );
     report.dax.clear();
     assert_eq!(wrong(&verify(&plan, BootPath::Ovmf, &report)), [""; 0]);
+}
+
+/// Without latencies and bandwidths there is no HMAT, and Linux shows no class.
+#[test]
+fn access_classes_that_nobody_planned_are_a_difference() {
+    let mut plan = planned("two-gpu");
+    plan.accesses.clear();
+    let mut report = perfect(&plan);
+    assert_eq!(wrong(&verify(&plan, BootPath::Ovmf, &report)), [""; 0]);
+    assert!(report.nodes.iter().all(|node| node.access.is_empty()));
+    report.nodes[1].access.push(AccessSeen::default());
+    assert_eq!(
+        wrong(&verify(&plan, BootPath::Ovmf, &report)),
+        ["nodes with access classes"]
+    );
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::Path;
 
 use numagpu_topology::ranges::Range;
-use numagpu_topology::seen::{DaxSeen, NodeSeen, Report, SratMemory};
+use numagpu_topology::seen::{AccessSeen, DaxSeen, NodeSeen, Report, SratMemory};
 use numagpu_topology::size::GIB;
 use rustix::fs::{Mode, OFlags};
 
@@ -188,9 +188,43 @@ pub fn machine(report: &mut Report) {
                     .filter_map(|d| d.parse().ok())
                     .collect(),
                 mem_total_kib: mem_total(&path.join("meminfo").to_string_lossy()),
+                access: accesses(&path),
             }
         })
         .collect();
+}
+
+/// The access classes of a node, by number (Linux `Documentation/admin-guide/mm/numaperf.rst`).
+pub fn accesses(node: &Path) -> Vec<AccessSeen> {
+    let mut seen: Vec<AccessSeen> = names(node)
+        .iter()
+        .filter_map(|name| {
+            let class = name.strip_prefix("access")?.parse().ok()?;
+            let path = node.join(name).join("initiators");
+            let value = |name: &str| {
+                let value = number(&text(path.join(name)))?;
+                u32::try_from(value).ok()
+            };
+            let both = |what: &str| {
+                let value = |way: &str| value(&format!("{way}_{what}")).unwrap_or(0);
+                (value("read"), value("write"))
+            };
+            let initiators = names(&path);
+            let initiators = initiators
+                .iter()
+                .filter_map(|name| name.strip_prefix("node")?.parse().ok());
+            let mut initiators: Vec<u32> = initiators.collect();
+            initiators.sort_unstable();
+            Some(AccessSeen {
+                class,
+                initiators,
+                latency_ns: both("latency"),
+                bandwidth_mbs: both("bandwidth"),
+            })
+        })
+        .collect();
+    seen.sort_by_key(|access| access.class);
+    seen
 }
 
 /// Names in a directory, sorted.
@@ -332,6 +366,30 @@ mod tests {
             }]
         );
         assert!(initiators.is_empty() && slit(&table[..40]).is_empty());
+    }
+
+    #[test]
+    fn access_classes_are_read_as_linux_shows_them() {
+        let node = std::env::temp_dir().join(format!("numagpu-node-{}", std::process::id()));
+        let class = node.join("access1/initiators");
+        fs::create_dir_all(class.join("power")).unwrap();
+        for name in ["node10", "node2"] {
+            fs::create_dir(class.join(name)).unwrap();
+        }
+        fs::create_dir_all(node.join("access0/initiators")).unwrap();
+        fs::create_dir_all(node.join("accessory")).unwrap();
+        for (name, value) in [("read_latency", "600\n"), ("write_bandwidth", "36000\n")] {
+            fs::write(class.join(name), value).unwrap();
+        }
+        let seen = accesses(&node);
+        fs::remove_dir_all(&node).unwrap();
+        let second = AccessSeen {
+            class: 1,
+            initiators: vec![2, 10],
+            latency_ns: (600, 0),
+            bandwidth_mbs: (0, 36_000),
+        };
+        assert_eq!(seen, [AccessSeen::default(), second]);
     }
 
     #[test]

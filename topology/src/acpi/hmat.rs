@@ -1,7 +1,7 @@
 //! Heterogeneous Memory Attribute Table (ACPI 6.5, section 5.2.28), revision 2.
 
 use super::{Table, table};
-use crate::plan::{NodeKind, Plan};
+use crate::plan::Plan;
 
 /// What an entry says of a pair that is not known.
 const UNKNOWN: u16 = 0xffff;
@@ -35,7 +35,7 @@ fn locality(plan: &Plan, data_type: u8, value: impl Fn(u32, u32) -> u64) -> Opti
     let initiators: Vec<u32> = plan
         .nodes
         .iter()
-        .filter(|node| !node.cpus.is_empty() || (node.kind == NodeKind::Hbm && node.online))
+        .filter(|node| !node.cpus.is_empty() || (node.gpu.is_some() && node.online))
         .map(|node| node.pxm)
         .collect();
     let pairs = || {
@@ -95,14 +95,14 @@ pub(super) fn hmat(plan: &Plan) -> Option<Table> {
         return None;
     }
     let mut body = vec![0; 4];
-    for node in plan.nodes.iter().filter(|node| !node.ranges.is_empty()) {
-        // Memory Proximity Domain Attributes, section 5.2.28.3: 40 bytes, with the nearest initiator.
-        let initiator = plan.nearest_cpu(node.pxm);
+    for node in plan.ram_nodes() {
+        // Memory Proximity Domain Attributes, section 5.2.28.3: 40 bytes, with the processor that the memory is attached
+        // to. HBM has none, as in QEMU's table: Linux would take that processor for the best initiator, whatever the values.
         body.extend([0, 0, 0, 0]);
         body.extend(40u32.to_le_bytes());
-        body.extend(u16::from(initiator.is_some()).to_le_bytes());
+        body.extend(u16::from(node.cpu_pxm.is_some()).to_le_bytes());
         body.extend([0; 2]);
-        body.extend(initiator.unwrap_or(0).to_le_bytes());
+        body.extend(node.cpu_pxm.unwrap_or(0).to_le_bytes());
         body.extend(node.pxm.to_le_bytes());
         body.extend([0; 20]);
     }

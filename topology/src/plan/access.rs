@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Gpu, NodeKind, Plan};
+use super::{Gpu, Plan};
 use crate::machine::Machine;
 
 /// Latency and bandwidth from one proximity domain to the memory of another.
@@ -83,11 +83,6 @@ pub(super) fn access(machine: &Machine, gpus: &[Gpu]) -> Vec<Access> {
 }
 
 impl Plan {
-    /// Whether there is an HMAT: the description gives latencies or bandwidths.
-    pub fn has_hmat(&self) -> bool {
-        !self.accesses.is_empty()
-    }
-
     /// What is known of accesses from one domain to another's memory.
     pub fn access(&self, initiator: u32, target: u32) -> Option<&Access> {
         let key = |access: &Access| (access.initiator, access.target);
@@ -96,15 +91,6 @@ impl Plan {
             .binary_search_by_key(&(initiator, target), key)
             .ok()?;
         self.accesses.get(found)
-    }
-
-    /// The CPU node next to a domain: itself if it has CPUs, else the one its GPU is attached to.
-    pub fn nearest_cpu(&self, pxm: u32) -> Option<u32> {
-        let node = self.nodes.iter().find(|node| node.pxm == pxm)?;
-        match node.kind {
-            NodeKind::Cpu => (!node.cpus.is_empty()).then_some(pxm),
-            NodeKind::Hbm => node.cpu_pxm,
-        }
     }
 
     /// CPUs of each socket: those of a CPU node if all nodes have as many, in order; else 1.

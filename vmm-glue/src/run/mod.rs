@@ -219,6 +219,9 @@ pub fn run(
     qemu::arguments(plan, &dry)?;
     check_files(options)?;
     emulator::check_qemu(&options.qemu)?;
+    qemu::warnings(plan)
+        .iter()
+        .for_each(|warning| watch.warning(warning));
 
     let run_dir = RunDir::create()?;
     let instance = Instance::start(plan, run_dir.path(), options.hbm_dir.as_deref())?;
