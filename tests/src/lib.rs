@@ -6,18 +6,21 @@
 //! | [`programs`] | the `numagpu` binary, the guest assets, and one guest at a time |
 //! | [`corner`] | a test's own directories, and whether anything is left in them |
 //! | [`process`] | a child with its output, deadlines, and a certain end |
+//! | [`guests`] | boots of machines, and what every guest has to say |
 //! | [`host`] | what `/proc` says of processes |
 //! | [`numbers`] | a seeded generator |
 //! | [`qtest`] | a QEMU that runs no guest, to look into its machine |
 //! | [`tables`] | ACPI tables, decoded |
 #![allow(
     clippy::expect_used,
+    clippy::indexing_slicing,
     clippy::panic,
     clippy::unwrap_used,
     reason = "a harness fails by panicking, in the test that called it"
 )]
 
 pub mod corner;
+pub mod guests;
 pub mod host;
 pub mod numbers;
 pub mod process;

@@ -7,85 +7,13 @@
 )]
 
 use numagpu_tests::corner::{Corner, GUEST, facts};
+use numagpu_tests::guests::{boot, check_driver, check_hbm, own};
 use numagpu_tests::process::Process;
 use numagpu_tests::programs::{Turn, assets};
-use numagpu_topology::seen::{GpuSeen, Report, steps};
+use numagpu_topology::seen::Report;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-
-/// Boots a machine under one firmware and kernel, verified by `numagpu` itself.
-#[track_caller]
-fn boot(machine: &str, firmware: &str, kernel: &str) -> Report {
-    let turn = Turn::wait();
-    let corner = Corner::new();
-    let (report, ended) = corner.verified(machine, &["--firmware", firmware, "--kernel", kernel]);
-    drop(turn);
-    let release = assets().kernel(kernel).unwrap().release.clone();
-    assert_eq!(report.kernel, release);
-    let named = if firmware == "ovmf" {
-        "OVMF"
-    } else {
-        "SeaBIOS with memmap= arguments"
-    };
-    let title = ended.stdout.lines().next().unwrap();
-    assert!(
-        title.ends_with(&format!("on Linux {release}, {named}")),
-        "{title}"
-    );
-    // The kernel needs to be told of HBM by SeaBIOS's command line only.
-    assert_eq!(
-        report.command_line.contains("memmap="),
-        firmware == "seabios"
-    );
-    assert_eq!(report.problems, Vec::<String>::new());
-    report
-}
-
-/// What every machine's guest has to say: HBM is soft reserved, a dax device that programs map, and never RAM.
-#[track_caller]
-fn check_hbm(report: &Report, hbm: &[(u64, u32)], ram: u64) {
-    assert_eq!(report.soft_reserved.len(), hbm.len());
-    assert_eq!(report.dax.len(), hbm.len());
-    let mut dax = report.dax.clone();
-    dax.sort_by_key(|dax| dax.target_node);
-    for (dax, (size, node)) in dax.iter().zip(hbm) {
-        assert_eq!((dax.region.size, dax.size), (*size, *size), "{dax:?}");
-        assert_eq!(dax.target_node, i32::try_from(*node).unwrap(), "{dax:?}");
-        assert_eq!(dax.driver, "device_dax", "{dax:?}");
-        assert!(report.soft_reserved.contains(&dax.region), "{dax:?}");
-    }
-    let mut regions: Vec<_> = report.soft_reserved.clone();
-    regions.sort_by_key(|range| range.base);
-    for pair in regions.windows(2) {
-        // Firmware merges ranges that touch.
-        assert!(pair[0].base + pair[0].size < pair[1].base, "{pair:x?}");
-    }
-    for usable in &report.usable {
-        let overlaps = |hbm: &&numagpu_topology::ranges::Range| {
-            usable.base < hbm.base + hbm.size && hbm.base < usable.base + usable.size
-        };
-        assert_eq!(regions.iter().find(overlaps), None, "{usable:x?}");
-    }
-    assert_eq!(report.mem_total_kib.len(), 3);
-    for total in &report.mem_total_kib {
-        let bytes = total * 1024;
-        assert!(
-            bytes < ram && bytes > ram / 2,
-            "MemTotal {total} KiB of {ram}"
-        );
-    }
-}
-
-/// What every GPU's driver has to have done.
-#[track_caller]
-fn check_driver(gpus: &[GpuSeen]) {
-    for gpu in gpus {
-        let names: Vec<&str> = gpu.steps.iter().map(|step| step.name.as_str()).collect();
-        assert_eq!(names, steps::ALL);
-        assert_eq!(gpu.steps.iter().find(|step| !step.ok), None, "{}", gpu.bdf);
-    }
-}
 
 /// What Linux shows of an access class: the only initiator, nanoseconds and MB/s.
 #[track_caller]
@@ -224,6 +152,31 @@ fn guest_two_gpu_seabios_newest() {
     two_gpu("seabios", "newest");
 }
 
+/// Without bridges the functions are on the root bus and have no node; all else is as under the others.
+#[track_caller]
+fn two_gpu_qboot(kernel: &str) {
+    let report = boot("two-gpu", "qboot", kernel);
+    check_hbm(&report, &[(4 * GIB, 1), (4 * GIB, 2)], GIB);
+    check_driver(&report.gpus);
+    assert_eq!(report.nodes_online, [0, 1, 2]);
+    let places: Vec<(&str, i32)> = report
+        .gpus
+        .iter()
+        .map(|gpu| (gpu.bdf.as_str(), gpu.numa_node))
+        .collect();
+    assert_eq!(places, [("00:02.0", -1), ("00:03.0", -1)]);
+}
+
+#[test]
+fn guest_two_gpu_qboot_6_12() {
+    two_gpu_qboot("6.12");
+}
+
+#[test]
+fn guest_two_gpu_qboot_newest() {
+    two_gpu_qboot("newest");
+}
+
 #[test]
 fn guest_frontier_node_ovmf_6_12() {
     frontier("ovmf", "6.12");
@@ -242,19 +195,6 @@ fn guest_frontier_node_seabios_6_12() {
 #[test]
 fn guest_frontier_node_seabios_newest() {
     frontier("seabios", "newest");
-}
-
-/// Boots a machine of the test's own.
-#[track_caller]
-fn own(text: &str) -> Report {
-    let turn = Turn::wait();
-    let corner = Corner::new();
-    let path = corner.write("machine.toml", text);
-    let (report, _) = corner.verified(&path.to_string_lossy(), &[]);
-    drop(turn);
-    assert_eq!(report.problems, Vec::<String>::new());
-    check_driver(&report.gpus);
-    report
 }
 
 #[test]

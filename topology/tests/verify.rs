@@ -578,6 +578,8 @@ fn access_classes_that_nobody_planned_are_a_difference() {
     assert_eq!(wrong(&verify(&plan, BootPath::Ovmf, &report)), [""; 0]);
     assert!(report.nodes.iter().all(|node| node.access.is_empty()));
     report.nodes[1].access.push(AccessSeen::default());
+    assert_eq!(wrong(&verify(&plan, BootPath::Ovmf, &report)), [""; 0]);
+    report.nodes[1].access[0].initiators.push(0);
     assert_eq!(
         wrong(&verify(&plan, BootPath::Ovmf, &report)),
         ["nodes with access classes"]

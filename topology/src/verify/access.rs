@@ -4,7 +4,7 @@ use super::{Fact, list};
 use crate::linux::access::Class;
 use crate::plan::Plan;
 use crate::qemu;
-use crate::seen::{AccessSeen, Report};
+use crate::seen::{AccessSeen, NodeSeen, Report};
 
 fn text(initiators: &[u32], latency_ns: (u32, u32), bandwidth_mbs: (u32, u32)) -> String {
     let value = |what: &str, (read, write): (u32, u32), unit: &str| match (read, write) {
@@ -27,7 +27,9 @@ pub(super) fn classes(plan: &Plan, report: &Report, facts: &mut Vec<Fact>) {
     let with_memory = plan.nodes.iter().filter(|node| !node.ranges.is_empty());
     let mut online: Vec<_> = with_memory.filter(|node| node.online).collect();
     online.sort_by_key(|node| node.linux_node);
-    let with_classes = report.nodes.iter().filter(|node| !node.access.is_empty());
+    // A node that only is an initiator of others' memory has the directories, with no initiator in them.
+    let is_target = |node: &&NodeSeen| node.access.iter().any(|a| !a.initiators.is_empty());
+    let with_classes = report.nodes.iter().filter(is_target);
     let planned: Vec<u32> = match hmat {
         Some(_) => online.iter().map(|node| node.linux_node).collect(),
         None => Vec::new(),

@@ -13,6 +13,8 @@ use stages::{Outcome, Stages};
 
 /// The kernels that tests boot.
 const KERNELS: [&str; 2] = ["6.12", "newest"];
+/// Those that the long ones boot.
+const LONG_KERNELS: [&str; 3] = ["6.1", "6.12", "newest"];
 
 /// Stages that say nothing about a few tests picked by name.
 const WHY_NOT: &str = "tests were picked by name; run without a filter for this";
@@ -20,7 +22,7 @@ const WHY_NOT: &str = "tests were picked by name; run without a filter for this"
 /// Options of `cargo xtask test`.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Run the tests that are marked as too long for every day as well
+    /// Run the tests that are too long for every day as well: every preset, kernel 6.1, HBM across 1 TiB
     #[arg(long)]
     all: bool,
     /// Run only these tests: names, or other arguments of `cargo nextest run`
@@ -71,7 +73,8 @@ fn all(
 
     let mut dir = None;
     stages.run("guest assets", || {
-        dir = Some(guest::provide(&guest::Options::for_kernels(&KERNELS))?);
+        let kernels: &[&str] = if options.all { &LONG_KERNELS } else { &KERNELS };
+        dir = Some(guest::provide(&guest::Options::for_kernels(kernels))?);
         Ok(Outcome::Passed)
     })?;
     // Software that is not ours, against which outputs are held.

@@ -16,6 +16,9 @@ const NEXTEST: (&str, &str) = ("cargo-nextest", "0.9.143");
 /// How the line of the runner begins that sums up its run.
 const SUMMARY: &str = "Summary [";
 
+/// The feature that brings the tests that are too long for every day.
+const LONG: &str = "--features=numagpu-tests/long";
+
 /// The package whose tests boot guests.
 const GUESTS: &str = "numagpu-tests";
 
@@ -35,7 +38,7 @@ pub fn run(
         .current_dir(&workspace.root)
         .env(assets::DIR_ENV, assets)
         .args(["nextest", "run", "--workspace"])
-        .args(long_too.then_some("--run-ignored=all"))
+        .args(long_too.then_some(LONG))
         .args(filter);
     workspace::say(&command);
     // Read by us on its way to the terminal, it would take the terminal for none.
@@ -145,12 +148,13 @@ fn cargo_test(
             .args(packages)
             .arg("--")
             .args(threads)
-            .args(long_too.then_some("--include-ignored"))
             .args(filter);
         workspace::run(&mut command)
     };
     run(&["--workspace", "--exclude", GUESTS], &[])?;
-    run(&["--package", GUESTS], &["--test-threads=1"])
+    let mut guests = vec!["--package", GUESTS];
+    guests.extend(long_too.then_some(LONG));
+    run(&guests, &["--test-threads=1"])
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::canvas::{Canvas, N, fit, number};
+use super::canvas::{Canvas, N, fit};
 use super::{FAINT, HBM, INK, Part, RAM, RESERVED, heading};
 use crate::plan::{E820Entry, NodeKind, Plan};
 use crate::platform::{AMD_HT, FOUR_GIB};
@@ -10,7 +10,7 @@ use crate::ranges::Range;
 use crate::render::links;
 use crate::render::text::cpu_list;
 use crate::size::{GIB, KIB, MIB, Size, TIB};
-use crate::{E820_RAM, E820_SOFT_RESERVED};
+use crate::{E820_RAM, E820_RESERVED, E820_SOFT_RESERVED};
 
 const BAR: f64 = 124.0;
 const BAR_WIDTH: f64 = 118.0;
@@ -60,7 +60,7 @@ pub(super) fn draw(plan: &Plan) -> Result<Part, fmt::Error> {
         let end = address(last.base.saturating_add(last.size));
         canvas.text((BAR - 9.0, y + 3.7), &mono, &end)?;
     }
-    let height = legend(&mut canvas, y + 26.0)?;
+    let height = legend(&mut canvas, plan, y + 26.0)?;
     Ok(Part {
         canvas,
         width: WIDTH,
@@ -261,22 +261,24 @@ fn broken(canvas: &mut Canvas, y: f64, height: f64) -> fmt::Result {
     Ok(())
 }
 
-fn legend(canvas: &mut Canvas, y: f64) -> Result<f64, fmt::Error> {
+/// What the colours mean that are there.
+fn legend(canvas: &mut Canvas, plan: &Plan, y: f64) -> Result<f64, fmt::Error> {
     let items = [
-        (RAM, "RAM"),
-        (HBM, "HBM, soft reserved"),
-        (RESERVED, "reserved"),
+        (E820_RAM, RAM, "RAM", 62.0),
+        (E820_SOFT_RESERVED, HBM, "HBM, soft reserved", 142.0),
+        (E820_RESERVED, RESERVED, "reserved", 0.0),
     ];
-    for (index, (colour, text)) in items.iter().enumerate() {
-        let x = [0.0, 62.0, 204.0]
-            .get(index)
-            .copied()
-            .unwrap_or(number(index) * 110.0);
+    let mut x = BAR - 60.0;
+    for (kind, colour, text, width) in items {
+        if !plan.e820.iter().any(|entry| entry.kind == kind) {
+            continue;
+        }
         canvas.rect(
-            (BAR - 60.0 + x, y - 10.0, 12.0, 12.0),
+            (x, y - 10.0, 12.0, 12.0),
             &format!("fill=\"{colour}\" stroke=\"{INK}\" stroke-width=\"0.7\""),
         )?;
-        canvas.text((BAR - 43.0 + x, y), "font-size=\"11\"", text)?;
+        canvas.text((x + 17.0, y), "font-size=\"11\"", text)?;
+        x += width;
     }
     Ok(y + 8.0)
 }

@@ -10,6 +10,7 @@ mod place;
 
 use std::fmt;
 
+use crate::machine::Exposure;
 use crate::plan::{NodeKind, Plan};
 use crate::render::xml::Escaped;
 use crate::size::Size;
@@ -96,25 +97,34 @@ fn summary(plan: &Plan) -> String {
         1 => format!("1 {what}"),
         count => format!("{count} {what}s"),
     };
-    let hbm: u64 = plan
-        .gpus
-        .iter()
-        .flat_map(|gpu| &gpu.hbm)
-        .map(|hbm| hbm.size)
+    let bytes = |is_ram: bool| -> u64 {
+        let gpus = plan.gpus.iter();
+        let gpus = gpus.filter(|gpu| (gpu.exposure == Exposure::Ram) == is_ram);
+        gpus.flat_map(|gpu| &gpu.hbm).map(|hbm| hbm.size).sum()
+    };
+    let memory = plan.ram_nodes().filter(|node| node.kind == NodeKind::Hbm);
+    let memory: u64 = memory
+        .flat_map(|node| &node.ranges)
+        .map(|range| range.size)
         .sum();
-    [
+    let of_ram = match bytes(true) + memory {
+        0 => String::new(),
+        hbm => format!(", {} of it HBM", Size(hbm)),
+    };
+    let nodes = plan.domains().count();
+    let mut parts = vec![
         several(count(NodeKind::Cpu), "CPU node"),
         several(plan.cpu_count(), "CPU"),
-        format!("{} RAM", Size(plan.ram_bytes())),
+        format!("{} RAM{of_ram}", Size(plan.ram_bytes())),
         several(plan.gpus.len(), "GPU"),
-        format!(
-            "{} HBM in {}",
-            Size(hbm),
-            several(count(NodeKind::Hbm), "node")
-        ),
-        format!("{} address bits", plan.phys_bits),
-    ]
-    .join("  ·  ")
+    ];
+    parts.extend(match (bytes(false), nodes) {
+        (0, _) => None,
+        (hbm, 0) => Some(format!("{} HBM in BARs", Size(hbm))),
+        (hbm, nodes) => Some(format!("{} HBM in {}", Size(hbm), several(nodes, "node"))),
+    });
+    parts.push(format!("{} address bits", plan.phys_bits));
+    parts.join("  ·  ")
 }
 
 /// Heading of a part, at the part's top.

@@ -107,7 +107,10 @@ pub(super) fn place(plan: &Plan) -> Boxes<'_> {
     };
     let memory = plan.ram_nodes().filter(|node| node.kind == NodeKind::Cpu);
     let memory = memory.map(|cpu| parts::memory_nodes(plan, cpu).count());
-    let cpu_height = CPU_HEIGHT + number(memory.max().unwrap_or(0)) * PARTITION;
+    let cpu_height = match memory.max().unwrap_or(0) {
+        0 => CPU_HEIGHT,
+        most => CPU_HEIGHT + number(most) * PARTITION + 4.0,
+    };
     let widths = rows.map(|row| row_width(row, gap));
     boxes.width = widths.iter().copied().fold(0.0, f64::max);
     for (index, (row, width)) in rows.into_iter().zip(widths).enumerate() {
