@@ -41,7 +41,9 @@ fn machine(n: &mut Numbers) -> String {
             "[[gpu]]\nhbm = \"{size}MiB\"\npartitions = {partitions}\ncpu = {}\n",
             n.below(cpus)
         );
-        if n.below(2) == 0 {
+        if n.below(4) == 0 {
+            text += "exposure = \"bar\"\n";
+        } else if n.below(2) == 0 {
             text += "generic_initiator = true\n";
         }
         if n.below(2) == 0 {
@@ -150,6 +152,9 @@ fn a_thousand_machines_survive_the_acpi_compiler() {
     assert!(
         plans.iter().any(|plan| plan.nodes.len() > 40)
             && plans.iter().any(|plan| plan.gpus.is_empty())
+            && plans
+                .iter()
+                .any(|plan| plan.gpus.iter().any(|gpu| gpu.aperture.is_some()))
     );
     round_trip(&plans);
 }

@@ -65,6 +65,31 @@ fn presets_are_listed_with_what_they_match() {
 }
 
 #[test]
+fn cloud_hypervisor_gets_what_it_can_carry() {
+    let corner = Corner::new();
+    let plan = |machine: &str| corner.command(&["plan", machine, "--format", "cloud-hypervisor"]);
+    let carried = plan("mi300x-x8");
+    carried.assert_code(0);
+    assert!(carried.stdout.contains("socket=sockets/gpu7.sock,id=gpu7"));
+    assert!(
+        carried
+            .stderr
+            .contains("warning: GPUs have other PCI addresses (gpu0 at")
+    );
+    // What is lost with OVMF is not lost here.
+    assert!(!carried.stderr.contains("OVMF"), "{carried}");
+    check_failure(
+        &corner,
+        &plan("two-gpu"),
+        1,
+        &[
+            "Cloud Hypervisor cannot carry this machine",
+            "soft reserved",
+        ],
+    );
+}
+
+#[test]
 fn a_plan_comes_in_every_format() {
     for machine in ["two-gpu", "frontier-node"] {
         for (format, word) in [

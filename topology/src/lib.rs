@@ -27,6 +27,7 @@
 //! | [`qom`] | the order in which QEMU walks its objects |
 //! | [`render`] | outputs for people and programs |
 //! | [`qemu`] | QEMU command lines |
+//! | [`cloud_hypervisor`] | Cloud Hypervisor command lines |
 //! | [`acpi`], [`memory_map`] | ACPI tables and memory maps as bytes, for other VMMs |
 //! | [`mod@predict`] | what Linux will make of the plan on each way of booting it |
 //! | [`preset`] | machines that come with the crate |
@@ -37,6 +38,7 @@
 #![forbid(unsafe_code)]
 
 pub mod acpi;
+pub mod cloud_hypervisor;
 mod error;
 pub mod linux;
 pub mod machine;

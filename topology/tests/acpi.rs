@@ -9,6 +9,7 @@
 
 use numagpu_topology::acpi::{Table, tables};
 use numagpu_topology::linux::node_numbers;
+use numagpu_topology::machine::Exposure;
 use numagpu_topology::{Plan, parse, plan, preset};
 
 fn planned(name: &str, text: &str) -> Plan {
@@ -247,4 +248,111 @@ fn hmat_says_what_is_known_and_nothing_else() {
         assert_eq!(at, bytes.len());
         assert!(seen > 0);
     }
+}
+
+/// Where `needle` begins in `bytes`.
+fn position(bytes: &[u8], needle: &[u8]) -> Option<usize> {
+    bytes.windows(needle.len()).position(|at| at == needle)
+}
+
+/// The number that follows a property's name in AML (ACPI 6.5, section 20.2.3).
+fn property(aml: &[u8], name: &str) -> Option<u64> {
+    let mut string = vec![0x0d];
+    string.extend(name.bytes());
+    string.push(0);
+    let rest = &aml[position(aml, &string)? + string.len()..];
+    let number = |len: usize| {
+        let bytes = rest[1..=len].iter().rev();
+        bytes.fold(0u64, |number, byte| number << 8 | u64::from(*byte))
+    };
+    Some(match rest[0] {
+        small @ (0 | 1) => u64::from(small),
+        0x0a => number(1),
+        0x0b => number(2),
+        0x0c => number(4),
+        0x0e => number(8),
+        other => panic!("{other:#x} is no number"),
+    })
+}
+
+/// An SSDT in one piece for each GPU.
+fn functions(ssdt: &[u8]) -> Vec<&[u8]> {
+    // Every GPU has a scope of its own.
+    let starts: Vec<usize> = (0..ssdt.len().saturating_sub(4))
+        .filter(|at| &ssdt[*at..at + 4] == b"_SB_")
+        .collect();
+    let ends = starts.iter().skip(1).copied().chain([ssdt.len()]);
+    starts
+        .iter()
+        .zip(ends)
+        .map(|(at, end)| &ssdt[*at..end])
+        .collect()
+}
+
+#[test]
+fn drivers_for_grace_find_their_hbm() {
+    // daffd814-6eba-4d8c-8a91-bc9bbf4aa301, its first three parts little-endian.
+    const PROPERTIES: [u8; 16] = [
+        0x14, 0xd8, 0xff, 0xda, 0xba, 0x6e, 0x8c, 0x4d, 0x8a, 0x91, 0xbc, 0x9b, 0xbf, 0x4a, 0xa3,
+        0x01,
+    ];
+    let mut seen = 0;
+    for plan in machines() {
+        let Some(ssdt) = find(&plan, "SSDT") else {
+            assert!(plan.gpus.is_empty());
+            continue;
+        };
+        let functions = functions(&ssdt.bytes);
+        assert_eq!(functions.len(), plan.gpus.len());
+        for (gpu, aml) in plan.gpus.iter().zip(functions) {
+            let bar = gpu.exposure == Exposure::Bar;
+            assert_eq!(position(aml, b"_DSD").is_some(), bar, "{}", plan.name);
+            assert_eq!(position(aml, &PROPERTIES).is_some(), bar);
+            let value = |name: &str| property(aml, &format!("nvidia,gpu-mem-{name}"));
+            if !bar {
+                assert_eq!(value("base-pa"), None);
+                continue;
+            }
+            seen += 1;
+            let bytes: u64 = gpu.hbm.iter().map(|hbm| hbm.size).sum();
+            assert_eq!(value("base-pa"), Some(gpu.hbm[0].base));
+            assert_eq!(value("base-pa"), gpu.aperture.map(|bar| bar.base));
+            assert_eq!(value("size"), Some(bytes));
+            let pxms: Vec<u64> = gpu.domains.iter().map(|d| u64::from(d.pxm)).collect();
+            let start = value("pxm-start").unwrap();
+            let end = start + value("pxm-count").unwrap();
+            assert_eq!((start..end).collect::<Vec<_>>(), pxms);
+        }
+    }
+    assert_eq!(seen, 14, "GPUs of the Grace presets");
+}
+
+#[test]
+fn gpus_beyond_the_first_segment_are_named_where_they_are() {
+    let gpu = "[[gpu]]\nhbm = \"2MiB\"\ncpu = 0\nexposure = \"bar\"\ndomains = 1\n".repeat(300);
+    let text = format!("name = \"many\"\n[[cpu]]\ncpus = 1\nmemory = \"1GiB\"\n{gpu}");
+    let plan = planned("many", &text);
+    let srat = find(&plan, "SRAT").unwrap().bytes;
+    let seen: Vec<(u32, u16, u8)> = entries(&srat)
+        .iter()
+        .filter(|entry| entry[0] == 5)
+        .map(|entry| {
+            let segment = u16::from_le_bytes([entry[8], entry[9]]);
+            (u32_at(entry, 4), segment, entry[10])
+        })
+        .collect();
+    let mut planned: Vec<(u32, u16, u8)> = plan
+        .gpus
+        .iter()
+        .map(|gpu| (gpu.domains[0].pxm, gpu.segment, gpu.bus))
+        .collect();
+    planned.sort_by_key(|(pxm, _, _)| plan.linux_node(*pxm));
+    assert_eq!(seen, planned);
+    assert!(planned.iter().any(|(_, segment, _)| *segment > 0));
+    // More than 256, and each with a name of its own.
+    let ssdt = find(&plan, "SSDT").unwrap().bytes;
+    let functions = functions(&ssdt);
+    assert_eq!(functions.len(), 300);
+    assert!(position(functions[0], b"G000").is_some());
+    assert!(position(functions[299], b"G08B").is_some());
 }

@@ -8,6 +8,7 @@
 use std::fs;
 use std::path::PathBuf;
 
+use numagpu_topology::cloud_hypervisor;
 use numagpu_topology::linux::{self, BootPath};
 use numagpu_topology::qemu::{self, Host};
 use numagpu_topology::{Plan, parse, plan, preset, render};
@@ -16,6 +17,22 @@ fn command_line(plan: &Plan, boot: BootPath) -> String {
     let host = Host::placeholders(plan, boot, "/run/numagpu", "/dev/shm/numagpu");
     let arguments = qemu::arguments(plan, &host).unwrap();
     qemu::shell("qemu-system-x86_64", &arguments)
+}
+
+/// The command line with its warnings, or the error.
+fn cloud_hypervisor(plan: &Plan) -> String {
+    let host = cloud_hypervisor::Host::placeholders(plan, "/run/numagpu");
+    match cloud_hypervisor::command_line(plan, &host) {
+        Ok(line) => {
+            let warnings = line
+                .warnings
+                .iter()
+                .map(|text| format!("# warning: {text}\n"));
+            let warnings: String = warnings.collect();
+            qemu::shell("cloud-hypervisor", &line.arguments) + &warnings
+        }
+        Err(error) => format!("# error: {error}\n"),
+    }
 }
 
 fn kernel_arguments(plan: &Plan) -> String {
@@ -46,6 +63,7 @@ fn outputs(plan: &Plan) -> Vec<(&'static str, String)> {
         ("qemu", command_line(plan, BootPath::Ovmf)),
         ("seabios.qemu", command_line(plan, BootPath::SeaBios)),
         ("qboot.qemu", command_line(plan, BootPath::Qboot)),
+        ("cloud-hypervisor", cloud_hypervisor(plan)),
         ("cmdline", kernel_arguments(plan)),
     ];
     if PICTURED.contains(&plan.name.as_str()) {

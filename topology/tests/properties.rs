@@ -3,13 +3,15 @@
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
+    clippy::panic,
     reason = "a test fails by a panic"
 )]
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use numagpu_topology::linux::BootPath;
+use numagpu_topology::cloud_hypervisor::{self, Obstacle};
+use numagpu_topology::linux::{self, BootPath};
 use numagpu_topology::machine::{Exposure, Machine};
 use numagpu_topology::plan::{Aperture, Gpu, Hbm, NodeKind, Plan};
 use numagpu_topology::qemu::{self, Host};
@@ -605,12 +607,130 @@ fn check_outputs(plan: &Plan) {
     }
 }
 
+/// Cloud Hypervisor's command line has every node, zone and device once, or an error says why there is none.
+fn check_cloud_hypervisor(plan: &Plan) {
+    let host = cloud_hypervisor::Host::placeholders(plan, "/s");
+    let line = match cloud_hypervisor::command_line(plan, &host) {
+        Ok(line) => line,
+        Err(error) => {
+            assert!(!error.0.is_empty());
+            let soft = |o: &Obstacle| matches!(o, Obstacle::SoftReserved { .. });
+            assert_eq!(error.0.iter().any(soft), plan.hbm().next().is_some());
+            for obstacle in &error.0 {
+                match obstacle {
+                    Obstacle::SoftReserved { ranges, bytes, .. } => {
+                        assert_eq!(*ranges, plan.hbm().count());
+                        assert_eq!(*bytes, plan.hbm().map(|hbm| hbm.size).sum::<u64>());
+                    }
+                    // There are no more than 8 GPUs, so that more address bits always help.
+                    Obstacle::Apertures { needed, .. } => {
+                        assert!(needed.is_none_or(|bits| bits > plan.phys_bits), "{error}");
+                        assert!(needed.is_some() || plan.phys_bits > 45, "{error}");
+                    }
+                    other => panic!("{other}"),
+                }
+            }
+            return;
+        }
+    };
+    let values = |option: &str| -> Vec<&str> {
+        let pairs = line.arguments.chunks(2).filter(|pair| pair[0] == option);
+        pairs.map(|pair| pair[1].as_str()).collect()
+    };
+    let field = |text: &str, key: &str| -> Option<String> {
+        let rest = &text[text.find(&format!("{key}="))? + key.len() + 1..];
+        let end = match rest.strip_prefix('[') {
+            Some(list) => list.find(']').unwrap() + 2,
+            None => rest.find(',').unwrap_or(rest.len()),
+        };
+        Some(rest[..end].trim_matches(['[', ']']).to_owned())
+    };
+    // Zones: one for each node that has RAM, in the order of the RAM, together all of it.
+    let zones = values("--memory-zone");
+    assert_eq!(zones.len(), plan.ram_nodes().count());
+    let sizes = zones.iter().map(|zone| field(zone, "size").unwrap());
+    let mib: u64 = sizes
+        .map(|size| size.trim_end_matches('M').parse::<u64>().unwrap())
+        .sum();
+    assert_eq!(mib * MIB, plan.ram_bytes());
+    // Nodes: numbered from 0, and Linux gives them the same numbers.
+    let nodes = values("--numa");
+    assert_eq!(nodes.len(), plan.nodes.len());
+    let (mut first, mut second) = (Vec::new(), Vec::new());
+    let (mut used, mut segments) = (Vec::new(), Vec::new());
+    for (number, text) in (0u32..).zip(&nodes) {
+        assert_eq!(field(text, "guest_numa_id"), Some(number.to_string()));
+        let node = plan
+            .nodes
+            .iter()
+            .find(|node| node.linux_node == number)
+            .unwrap();
+        let owner = node.gpu.as_ref().filter(|_| node.kind == NodeKind::Hbm);
+        let device = owner.and_then(|id| plan.gpus.iter().find(|gpu| gpu.id == *id));
+        let device = device.map(|gpu| format!("gpu{}", gpu.index));
+        assert_eq!(field(text, "device_id"), device);
+        let zone = field(text, "memory_zones");
+        assert!(device.is_none() || zone.is_none() && !text.contains("cpus="));
+        match text.contains("cpus=") || device.is_some() {
+            true => first.push(number),
+            false => second.push(number),
+        }
+        used.extend(zone);
+        let here = field(text, "pci_segments").unwrap_or_default();
+        for segment in here.split(',').filter(|segment| !segment.is_empty()) {
+            let gpu = &plan.gpus[segment.parse::<usize>().unwrap() - 1];
+            assert_eq!(plan.linux_node(gpu.pci_pxm), Some(number));
+            segments.push(segment.to_owned());
+        }
+        let distances = field(text, "distances").unwrap_or_default();
+        let distances: Vec<&str> = distances.split(',').filter(|d| !d.is_empty()).collect();
+        assert_eq!(distances.len(), plan.nodes.len() - 1);
+        for pair in distances {
+            let (to, value) = pair.split_once('@').unwrap();
+            let to = plan
+                .nodes
+                .iter()
+                .find(|node| node.linux_node.to_string() == to)
+                .unwrap();
+            let planned = plan.distance(node.pxm, to.pxm).unwrap();
+            assert_eq!(value, planned.to_string());
+        }
+    }
+    for (text, zone) in used.iter().zip(&zones) {
+        assert_eq!(field(zone, "id").as_ref(), Some(text));
+    }
+    assert_eq!(used.len(), zones.len());
+    assert_eq!(
+        segments.iter().collect::<BTreeSet<_>>().len(),
+        plan.gpus.len()
+    );
+    let numbers = linux::node_numbers(first, second);
+    assert!(numbers.iter().all(|(id, node)| id == node), "{numbers:?}");
+    // Devices: each on a segment of its own.
+    let devices = values("--user-device");
+    assert_eq!(devices.len(), plan.gpus.len());
+    for (gpu, device) in plan.gpus.iter().zip(&devices) {
+        let socket = format!("/s/{}", Plan::socket_file(gpu));
+        let segment = (gpu.index + 1).to_string();
+        let seen = ["socket", "id", "pci_segment"].map(|key| field(device, key).unwrap());
+        assert_eq!(seen, [socket, format!("gpu{}", gpu.index), segment]);
+    }
+    let moved = line
+        .warnings
+        .iter()
+        .any(|text| text.contains("PCI addresses"));
+    assert_eq!(moved, !plan.gpus.is_empty());
+    let hmat = line.warnings.iter().any(|text| text.contains("HMAT"));
+    assert_eq!(hmat, plan.has_hmat());
+}
+
 fn check_all(machine: &Machine, plan: &Plan) {
     check_memory_map(machine, plan);
     check_placement(machine, plan);
     check_nodes(machine, plan);
     check_distances(machine, plan);
     check_outputs(plan);
+    check_cloud_hypervisor(plan);
 }
 
 /// A change of a text.

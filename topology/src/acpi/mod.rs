@@ -1,8 +1,9 @@
 //! ACPI tables as bytes, for a VMM that hands tables to its guest itself.
 //!
 //! The tables say what the plan says: SRAT and SLIT always, HMAT where the machine gives latencies or bandwidths, and an
-//! SSDT that gives each GPU its `_PXM`. Memory entries of the SRAT are in the order of Linux's node numbers, so a guest
-//! that gets these tables numbers its nodes as the plan does; QEMU writes its own tables, see [`crate::linux`].
+//! SSDT that gives each GPU its `_PXM`, and those with a coherent BAR the `_DSD` by which drivers for NVIDIA Grace find
+//! HBM. Memory entries of the SRAT are in the order of Linux's node numbers, so a guest that gets these tables numbers its
+//! nodes as the plan does; QEMU writes its own tables, see [`crate::linux`].
 //!
 //! `acpi_tables` makes headers, checksums and AML. Its SRAT has no processor entries and its HMAT is of revision 1, whose
 //! units Linux reads differently, so their bodies are made here.

@@ -41,10 +41,11 @@ fn memory(body: &mut Vec<u8>, pxm: u32, range: Range) {
 }
 
 /// Generic Initiator Affinity with a PCI handle, section 5.2.16.6: segment, then bus, then device and function.
-fn initiator(body: &mut Vec<u8>, pxm: u32, bus: u8) {
+fn initiator(body: &mut Vec<u8>, pxm: u32, (segment, bus): (u16, u8)) {
     body.extend([5, 32, 0, 1]);
     body.extend(pxm.to_le_bytes());
-    body.extend([0, 0, bus, 0]);
+    body.extend(segment.to_le_bytes());
+    body.extend([bus, 0]);
     body.extend([0; 12]);
     body.extend(ENABLED.to_le_bytes());
     body.extend([0; 4]);
@@ -66,20 +67,20 @@ pub(super) fn srat(plan: &Plan) -> Table {
     for (cpu, pxm) in processors {
         processor(&mut body, plan.apic_id(cpu), pxm);
     }
-    let mut initiators: Vec<(u32, u32, u8)> = plan
+    let mut initiators: Vec<(u32, u32, (u16, u8))> = plan
         .gpus
         .iter()
         .flat_map(|gpu| {
             gpu.domains
                 .iter()
                 .filter(|domain| domain.initiator.is_some())
-                .map(move |domain| (domain.pxm, gpu.bus))
+                .map(move |domain| (domain.pxm, (gpu.segment, gpu.bus)))
         })
-        .filter_map(|(pxm, bus)| Some((plan.linux_node(pxm)?, pxm, bus)))
+        .filter_map(|(pxm, place)| Some((plan.linux_node(pxm)?, pxm, place)))
         .collect();
     initiators.sort_unstable();
-    for (_, pxm, bus) in initiators {
-        initiator(&mut body, pxm, bus);
+    for (_, pxm, place) in initiators {
+        initiator(&mut body, pxm, place);
     }
     let mut nodes: Vec<_> = plan.nodes.iter().collect();
     nodes.sort_by_key(|node| node.linux_node);

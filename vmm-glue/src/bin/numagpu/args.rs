@@ -57,6 +57,8 @@ pub enum Format {
     EfiMemmap,
     /// A QEMU command line.
     Qemu,
+    /// A Cloud Hypervisor command line, or everything for which Cloud Hypervisor cannot carry the machine.
+    CloudHypervisor,
     /// The kernel arguments that the guest needs.
     LinuxCmdline,
     /// One JSON object: what Linux will make of the machine, booted this way, and what is lost on the way.
@@ -116,7 +118,7 @@ pub struct PlanArgs {
     /// How the guest is booted, for `text`, `qemu`, `linux-cmdline` and `prediction`.
     #[arg(long, value_enum, default_value = "ovmf")]
     pub boot: Boot,
-    /// Directory of the sockets in `qemu`.
+    /// Directory of the sockets in `qemu` and `cloud-hypervisor`.
     #[arg(long, value_name = "DIR", default_value = "sockets")]
     pub socket_dir: String,
     /// Directory of the HBM files in `qemu`.

@@ -17,7 +17,8 @@ use clap::{CommandFactory, Parser};
 use numagpu_topology::machine::Mark;
 use numagpu_topology::qemu::Host;
 use numagpu_topology::{
-    Plan, Prediction, acpi, linux, memory_map, predict, preset, qemu, render, schema,
+    Plan, Prediction, acpi, cloud_hypervisor, linux, memory_map, predict, preset, qemu, render,
+    schema,
 };
 
 use args::{Args, Command, Format, PlanArgs};
@@ -198,6 +199,8 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
     let plan = machine::load(&args.machine)?;
     let boot = args.boot.path();
     let prediction = predict(&plan, boot);
+    // Of a VMM that is none of the ways of booting that are predicted.
+    let mut own_warnings = None;
     let text = match args.format {
         Format::Acpi => match &args.output {
             Some(path) => return acpi(&plan, path),
@@ -218,6 +221,12 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
             let host = Host::placeholders(&plan, boot, &args.socket_dir, &args.hbm_dir);
             qemu::shell("qemu-system-x86_64", &qemu::arguments(&plan, &host)?)
         }
+        Format::CloudHypervisor => {
+            let host = cloud_hypervisor::Host::placeholders(&plan, &args.socket_dir);
+            let line = cloud_hypervisor::command_line(&plan, &host)?;
+            own_warnings = Some(line.warnings);
+            qemu::shell("cloud-hypervisor", &line.arguments)
+        }
         Format::LinuxCmdline => {
             let arguments = linux::command_line(boot, plan.guest.driver, &plan.hbm_ranges());
             format!("{}\n", arguments.join(" "))
@@ -232,8 +241,14 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
         }
         None => print(text.as_bytes())?,
     }
-    if !matches!(args.format, Format::Text | Format::Prediction) {
-        warn(&plan, &prediction);
+    match own_warnings {
+        Some(warnings) => {
+            for warning in warnings.iter().chain(&plan.warnings) {
+                tell(format_args!("warning: {warning}"));
+            }
+        }
+        None if matches!(args.format, Format::Text | Format::Prediction) => {}
+        None => warn(&plan, &prediction),
     }
     Ok(ExitCode::SUCCESS)
 }
