@@ -105,6 +105,11 @@ pub(crate) fn root_slot(gpu: &Gpu) -> u32 {
 }
 
 impl Plan {
+    /// Whether there is an HMAT: something is known of an access by a domain that can be an initiator.
+    pub fn has_hmat(&self) -> bool {
+        qemu::hmat(self).is_some()
+    }
+
     /// Online node nearest to a domain, as `numa_map_to_online_node` finds it: itself, or the lowest of the nearest.
     fn nearest_online(&self, pxm: u32) -> u32 {
         let mut online: Vec<_> = self.nodes.iter().filter(|node| node.online).collect();
@@ -114,11 +119,6 @@ impl Plan {
             .min_by_key(|node| self.distance(pxm, node.pxm).unwrap_or(u8::MAX));
         nearest.map_or(0, |node| node.linux_node)
     }
-}
-
-/// Whether there is an HMAT: something is known of an access by a node that can be an initiator.
-fn has_hmat(plan: &Plan) -> bool {
-    qemu::hmat(plan).is_some()
 }
 
 fn dax(plan: &Plan, soft_reserved: &[Range]) -> Vec<Dax> {
@@ -134,7 +134,7 @@ fn dax(plan: &Plan, soft_reserved: &[Range]) -> Vec<Dax> {
             numa_node: plan.nearest_online(pxm),
         })
     };
-    let mut all: Vec<Dax> = if has_hmat(plan) {
+    let mut all: Vec<Dax> = if plan.has_hmat() {
         let inside = |range: &Range| soft_reserved.iter().any(|soft| soft.contains(range));
         let ranges = plan.hbm_ranges().into_iter().filter(inside);
         ranges.filter_map(device).collect()
@@ -223,7 +223,7 @@ fn warnings(plan: &Plan, boot: BootPath) -> Vec<Warning> {
                 continue;
             }
             let what = format!("{a} and {b} touch at {:#x}", second.base);
-            if has_hmat(plan) {
+            if plan.has_hmat() {
                 warn(
                     format!("{what}, and come out as one E820 entry"),
                     "OVMF joins neighbours; Linux makes a dax device of each only because there is an HMAT",
@@ -362,7 +362,7 @@ pub fn notes(plan: &Plan) -> Vec<String> {
         notes.push(format!(
             "Linux 6.3 and newer give HBM to kmem, so to the page allocator, unless the kernel is started with {argument}"
         ));
-        if has_hmat(plan) && plan.guest.driver == Driver::User {
+        if plan.has_hmat() && plan.guest.driver == Driver::User {
             notes.push(
                 "Linux 5.10 lists each range twice where there is an HMAT; the second dax device stays unbound".to_owned(),
             );
