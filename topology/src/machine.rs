@@ -276,10 +276,10 @@ pub struct Gpu {
     #[serde(default)]
     #[schemars(with = "Size")]
     pub aperture: Option<Spanned<Size>>,
-    /// Nanoseconds from the GPU to its own HBM; 0 = not known.
+    /// Nanoseconds from the GPU to its own HBM; 0 = not known. Linux sees it only of a Generic Initiator.
     #[serde(default)]
     pub hbm_latency_ns: u32,
-    /// MB/s from the GPU to its own HBM; 0 = not known.
+    /// MB/s from the GPU to its own HBM; 0 = not known. Linux sees it only of a Generic Initiator.
     #[serde(default)]
     pub hbm_bandwidth_mbs: u32,
     /// CPU node it is attached to, from 0 in the order of the `[[cpu]]` tables.
