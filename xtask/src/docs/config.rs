@@ -14,7 +14,7 @@ const EXAMPLE: &str = "topology/examples/commented.toml";
 const INTRODUCTION: &str = "# The machine description\n\n\
     <!-- Made by `cargo xtask docs` from the schema that `numagpu schema` prints: change the doc comments of \
     topology/src/machine.rs. -->\n\n\
-    A machine is a TOML file. `[[cpu]]`, `[[gpu]]`, `[[link]]` and `[[source]]` are given once for each; any other \
+    A machine is a TOML file. `[[cpu]]`, `[[memory]]`, `[[gpu]]`, `[[link]]` and `[[source]]` are given once for each; any other \
     table at most once. A key that is not listed here is an error, with the line it is on. `numagpu plan FILE` says \
     whether a machine can be built, and `numagpu schema > machine.schema.json` writes the JSON Schema of this page \
     for editors that complete and check TOML.\n\n\
