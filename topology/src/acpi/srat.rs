@@ -1,6 +1,6 @@
 //! System Resource Affinity Table (ACPI 6.5, section 5.2.16).
 
-use super::{Table, table};
+use super::{Table, begun, table};
 use crate::plan::Plan;
 use crate::ranges::Range;
 
@@ -41,10 +41,11 @@ fn memory(body: &mut Vec<u8>, pxm: u32, range: Range) {
 }
 
 /// Generic Initiator Affinity with a PCI handle, section 5.2.16.6: segment, then bus, then device and function.
-fn initiator(body: &mut Vec<u8>, pxm: u32, bus: u8) {
+fn initiator(body: &mut Vec<u8>, pxm: u32, segment: u16, bus: u8) {
     body.extend([5, 32, 0, 1]);
     body.extend(pxm.to_le_bytes());
-    body.extend([0, 0, bus, 0]);
+    body.extend(segment.to_le_bytes());
+    body.extend([bus, 0]);
     body.extend([0; 12]);
     body.extend(ENABLED.to_le_bytes());
     body.extend([0; 4]);
@@ -53,7 +54,7 @@ fn initiator(body: &mut Vec<u8>, pxm: u32, bus: u8) {
 /// Processors in order, Generic Initiators and memory in the order of Linux's node numbers.
 pub(super) fn srat(plan: &Plan) -> Table {
     // Table revision 1 that must be there for old software, and 8 reserved bytes.
-    let mut body = Vec::new();
+    let mut body = begun(0);
     body.extend(1u32.to_le_bytes());
     body.extend([0; 8]);
 
@@ -63,23 +64,24 @@ pub(super) fn srat(plan: &Plan) -> Table {
         .flat_map(|node| node.cpus.iter().map(|cpu| (*cpu, node.pxm)))
         .collect();
     processors.sort_unstable();
+    let apic_id = plan.apic_ids();
     for (cpu, pxm) in processors {
-        processor(&mut body, plan.apic_id(cpu), pxm);
+        processor(&mut body, apic_id(cpu), pxm);
     }
-    let mut initiators: Vec<(u32, u32, u8)> = plan
+    let mut initiators: Vec<(u32, u32, u16, u8)> = plan
         .gpus
         .iter()
         .flat_map(|gpu| {
             gpu.domains
                 .iter()
                 .filter(|domain| domain.initiator.is_some())
-                .map(move |domain| (domain.pxm, gpu.bus))
+                .map(move |domain| (domain.pxm, gpu.segment, gpu.bus))
         })
-        .filter_map(|(pxm, bus)| Some((plan.linux_node(pxm)?, pxm, bus)))
+        .filter_map(|(pxm, segment, bus)| Some((plan.linux_node(pxm)?, pxm, segment, bus)))
         .collect();
     initiators.sort_unstable();
-    for (_, pxm, bus) in initiators {
-        initiator(&mut body, pxm, bus);
+    for (_, pxm, segment, bus) in initiators {
+        initiator(&mut body, pxm, segment, bus);
     }
     let mut nodes: Vec<_> = plan.nodes.iter().collect();
     nodes.sort_by_key(|node| node.linux_node);
@@ -89,5 +91,5 @@ pub(super) fn srat(plan: &Plan) -> Table {
         }
     }
     // Revision 3: domains of 32 bits. Linux reads those of 1 and older as 8 bits.
-    table("SRAT", 3, &body)
+    table("SRAT", 3, body)
 }
