@@ -213,10 +213,15 @@ pub fn initiator_names(count: usize, backends: &[String]) -> Vec<String> {
             .chain(apart(count, &one))
             .chain((0..attempts).map(|attempt| varied(count, attempt)))
     };
-    candidates()
-        .find(|names| ascending(names, &one) && ascending(names, &two))
-        .or_else(|| candidates().find(|names| ascending(names, &one)))
-        .unwrap_or(plain)
+    // The first that is right with one monitor and with two, else the first that is with one.
+    let mut right_with_one = None;
+    for names in candidates().filter(|names| ascending(names, &one)) {
+        if ascending(&names, &two) {
+            return names;
+        }
+        right_with_one.get_or_insert(names);
+    }
+    right_with_one.unwrap_or(plain)
 }
 
 /// Names whose home slots ascend and differ from each other's and from the backends': they mostly stay at home through
@@ -229,20 +234,56 @@ fn apart(count: usize, backends: &[String]) -> impl Iterator<Item = Vec<String>>
     let free: Vec<usize> = (0..table.modulus as usize)
         .filter(|slot| !taken.contains(slot))
         .collect();
-    let suffixes: Vec<String> = suffixes().collect();
-    let name_at = move |i: usize, slot: usize| {
+    let mut homes: Vec<Homes> = Vec::new();
+    let mut name_at = move |i: usize, slot: usize| {
         let name = format!("gi{i}");
-        let start = extended(5381, &name);
-        suffixes
-            .iter()
-            .find(|suffix| table.home(usable(extended(start, suffix))) == slot)
-            .map(|suffix| name + suffix)
+        if homes.len() <= i {
+            homes.push(Homes::new(&table, &name));
+        }
+        let suffix = homes.get_mut(i)?.suffix(&table, slot)?;
+        Some(name + &suffix)
     };
     let choices = if free.len() < count { 0 } else { count };
     (0..choices).filter_map(move |shift| -> Option<Vec<String>> {
         let slot = |i: usize| free.get((i * free.len() + shift) / count);
         (0..count).map(|i| name_at(i, *slot(i)?)).collect()
     })
+}
+
+/// Which letters behind a name give it which home slot. Every choice of slots asks for others of the same names, so what
+/// has been tried is kept.
+struct Homes {
+    /// Hash of the name without letters.
+    start: u32,
+    /// Suffixes tried, in order.
+    tried: usize,
+    /// The first suffix for every slot.
+    first: Vec<Option<u16>>,
+}
+
+impl Homes {
+    fn new(table: &Table, name: &str) -> Homes {
+        Homes {
+            start: extended(5381, name),
+            tried: 0,
+            first: vec![None; table.modulus as usize],
+        }
+    }
+
+    /// The first suffix with which the name is at home in `slot`.
+    fn suffix(&mut self, table: &Table, slot: usize) -> Option<String> {
+        while self.first.get(slot) == Some(&None) {
+            let hash = |hash: u32, letter: char| extended(hash, letter.encode_utf8(&mut [0; 4]));
+            let home = table.home(usable(suffix(self.tried)?.fold(self.start, hash)));
+            let tried = u16::try_from(self.tried).ok();
+            if let Some(first) = self.first.get_mut(home) {
+                *first = first.or(tried);
+            }
+            self.tried += 1;
+        }
+        let found = (*self.first.get(slot)?)?;
+        Some(suffix(usize::from(found))?.collect())
+    }
 }
 
 /// Names with letters that differ from attempt to attempt.
@@ -255,13 +296,16 @@ fn varied(count: usize, attempt: usize) -> Vec<String> {
     (0..count).map(|i| format!("gi{i}{}", suffix(i))).collect()
 }
 
-/// Nothing, `a` to `z`, `aa` to `zz`.
-fn suffixes() -> impl Iterator<Item = String> {
-    let letters = || (b'a'..=b'z').map(char::from);
-    let one = letters().map(String::from);
-    let two =
-        letters().flat_map(move |first| letters().map(move |second| format!("{first}{second}")));
-    std::iter::once(String::new()).chain(one).chain(two)
+/// Nothing, `a` to `z`, `aa` to `zz`, by number.
+fn suffix(number: usize) -> Option<impl Iterator<Item = char>> {
+    let letter = |number: usize| Some(char::from(b'a' + u8::try_from(number % 26).ok()?));
+    let (first, second) = match number {
+        0 => (None, None),
+        1..=26 => (letter(number - 1), None),
+        27..=702 => (letter((number - 27) / 26), letter(number - 27)),
+        _ => return None,
+    };
+    Some(first.into_iter().chain(second))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Heterogeneous Memory Attribute Table (ACPI 6.5, section 5.2.28), revision 2.
 
-use super::{Table, table};
-use crate::plan::Plan;
+use super::{Table, begun, table};
+use crate::plan::{Access, Plan};
 
 /// What an entry says of a pair that is not known.
 const UNKNOWN: u16 = 0xffff;
@@ -29,27 +29,28 @@ fn base_unit(values: &[u64]) -> u64 {
     }
 }
 
-/// System Locality Latency and Bandwidth Information, section 5.2.28.4; none if no pair has a value.
-fn locality(plan: &Plan, data_type: u8, value: impl Fn(u32, u32) -> u64) -> Option<Vec<u8>> {
-    let domains: Vec<u32> = plan.nodes.iter().map(|node| node.pxm).collect();
-    let initiators: Vec<u32> = plan
-        .nodes
-        .iter()
-        .filter(|node| !node.cpus.is_empty() || (node.gpu.is_some() && node.online))
-        .map(|node| node.pxm)
-        .collect();
-    let pairs = || {
-        initiators
-            .iter()
-            .flat_map(|from| domains.iter().map(move |to| (*from, *to)))
+/// System Locality Latency and Bandwidth Information, section 5.2.28.4, of all pairs of `initiators` and `domains`, which
+/// ascend; none if no pair has a value. Few of the pairs have one, so the entries are those that are not known first.
+fn locality(
+    plan: &Plan,
+    data_type: u8,
+    (initiators, domains): (&[u32], &[u32]),
+    value: impl Fn(&Access) -> u64,
+) -> Option<Vec<u8>> {
+    let position = |access: &Access| -> Option<usize> {
+        let row = initiators.binary_search(&access.initiator).ok()?;
+        Some(row * domains.len() + domains.binary_search(&access.target).ok()?)
     };
-    let values: Vec<u64> = pairs().map(|(from, to)| value(from, to)).collect();
-    let known: Vec<u64> = values.iter().copied().filter(|value| *value > 0).collect();
+    let accesses = plan.accesses.iter().filter(|access| value(access) > 0);
+    let known: Vec<(usize, u64)> = accesses
+        .filter_map(|access| Some((position(access)?, value(access))))
+        .collect();
     if known.is_empty() {
         return None;
     }
-    let unit = base_unit(&known);
-    let length = 32 + 4 * initiators.len() + 4 * domains.len() + 2 * values.len();
+    let unit = base_unit(&known.iter().map(|(_, value)| *value).collect::<Vec<u64>>());
+    let head = 32 + 4 * initiators.len() + 4 * domains.len();
+    let length = head + 2 * initiators.len() * domains.len();
     let mut body = Vec::with_capacity(length);
     let word = |count: usize| u32::try_from(count).unwrap_or(u32::MAX).to_le_bytes();
     body.extend([1, 0, 0, 0]);
@@ -62,39 +63,48 @@ fn locality(plan: &Plan, data_type: u8, value: impl Fn(u32, u32) -> u64) -> Opti
     body.extend(unit.to_le_bytes());
     initiators
         .iter()
-        .chain(&domains)
+        .chain(domains)
         .for_each(|domain| body.extend(domain.to_le_bytes()));
-    for value in values {
-        let entry = match value {
-            0 => UNKNOWN,
-            value => u16::try_from((value + unit / 2) / unit)
-                .unwrap_or(UNKNOWN - 1)
-                .max(1),
-        };
-        body.extend(entry.to_le_bytes());
+    // Both bytes of `UNKNOWN`.
+    body.resize(length, u8::MAX);
+    for (position, value) in known {
+        let entry = u16::try_from((value + unit / 2) / unit)
+            .unwrap_or(UNKNOWN - 1)
+            .max(1);
+        let bytes = body.iter_mut().skip(head + 2 * position);
+        bytes
+            .zip(entry.to_le_bytes())
+            .for_each(|(to, from)| *to = from);
     }
     Some(body)
 }
 
 /// The table; none if the machine gives neither latencies nor bandwidths.
 pub(super) fn hmat(plan: &Plan) -> Option<Table> {
-    let latency = |from: u32, to: u32| {
-        plan.access(from, to)
-            .map_or(0, |access| u64::from(access.latency_ns) * 1000)
-    };
-    let bandwidth = |from: u32, to: u32| {
-        plan.access(from, to)
-            .map_or(0, |access| u64::from(access.bandwidth_mbs))
-    };
-    // Data types 0, access latency in picoseconds, and 3, access bandwidth in MB/s.
-    let structures: Vec<Vec<u8>> = [locality(plan, 0, latency), locality(plan, 3, bandwidth)]
-        .into_iter()
-        .flatten()
+    let domains: Vec<u32> = plan.nodes.iter().map(|node| node.pxm).collect();
+    let initiators: Vec<u32> = plan
+        .nodes
+        .iter()
+        .filter(|node| !node.cpus.is_empty() || (node.gpu.is_some() && node.online))
+        .map(|node| node.pxm)
         .collect();
+    let pairs = (initiators.as_slice(), domains.as_slice());
+    // Data types 0, access latency in picoseconds, and 3, access bandwidth in MB/s.
+    let latency = |access: &Access| u64::from(access.latency_ns) * 1000;
+    let bandwidth = |access: &Access| u64::from(access.bandwidth_mbs);
+    let structures: Vec<Vec<u8>> = [
+        locality(plan, 0, pairs, latency),
+        locality(plan, 3, pairs, bandwidth),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
     if structures.is_empty() {
         return None;
     }
-    let mut body = vec![0; 4];
+    let attributes = 4 + 40 * plan.ram_nodes().count();
+    let mut body = begun(attributes + structures.iter().map(Vec::len).sum::<usize>());
+    body.extend([0; 4]);
     for node in plan.ram_nodes() {
         // Memory Proximity Domain Attributes, section 5.2.28.3: 40 bytes, with the processor that the memory is attached
         // to. HBM has none, as in QEMU's table: Linux would take that processor for the best initiator, whatever the values.
@@ -106,8 +116,10 @@ pub(super) fn hmat(plan: &Plan) -> Option<Table> {
         body.extend(node.pxm.to_le_bytes());
         body.extend([0; 20]);
     }
-    body.extend(structures.into_iter().flatten());
-    Some(table("HMAT", 2, &body))
+    structures
+        .iter()
+        .for_each(|structure| body.extend_from_slice(structure));
+    Some(table("HMAT", 2, body))
 }
 
 #[cfg(test)]

@@ -25,6 +25,10 @@ const OEM_TABLE: [u8; 8] = *b"NUMAGPU ";
 const OEM_REVISION: u32 = 1;
 /// Bytes of a table's header (ACPI 6.5, table 5.4).
 const HEADER: u32 = 36;
+/// Offset of the table's length in it.
+const LENGTH_OFFSET: usize = 4;
+/// Offset of the checksum in it.
+const CHECKSUM_OFFSET: usize = 9;
 
 /// An ACPI table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,18 +39,35 @@ pub struct Table {
     pub bytes: Vec<u8>,
 }
 
-/// A table of a body, with its header.
-fn table(signature: &'static str, revision: u8, body: &[u8]) -> Table {
+/// Room for a header, behind which a table's body is written in place: of 1,024 nodes SLIT and HMAT have megabytes, and
+/// touching memory for the first time costs more than filling it. `body` is the bytes to come.
+fn begun(body: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER as usize + body);
+    bytes.resize(HEADER as usize, 0);
+    bytes
+}
+
+/// A table of what was [`begun`] and its body, with its header.
+fn table(signature: &'static str, revision: u8, mut bytes: Vec<u8>) -> Table {
     let mut id = [b' '; 4];
     for (to, from) in id.iter_mut().zip(signature.bytes()) {
         *to = from;
     }
-    let mut sdt = Sdt::new(id, HEADER, revision, OEM_ID, OEM_TABLE, OEM_REVISION);
-    sdt.append_slice(body);
-    Table {
-        signature,
-        bytes: sdt.as_slice().to_vec(),
+    let mut header = Sdt::new(id, HEADER, revision, OEM_ID, OEM_TABLE, OEM_REVISION);
+    header.write_u32(
+        LENGTH_OFFSET,
+        u32::try_from(bytes.len()).unwrap_or(u32::MAX),
+    );
+    // The header's own sum is 0 by now, so what is left is to take off that of the body.
+    let sum = |bytes: &[u8]| bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+    let body = sum(&bytes);
+    for (to, from) in bytes.iter_mut().zip(header.as_slice()) {
+        *to = *from;
     }
+    if let Some(checksum) = bytes.get_mut(CHECKSUM_OFFSET) {
+        *checksum = checksum.wrapping_sub(body);
+    }
+    Table { signature, bytes }
 }
 
 /// The plan's tables: SRAT, SLIT, HMAT if the machine has latencies or bandwidths, SSDT if it has GPUs.

@@ -1,6 +1,6 @@
 //! System Resource Affinity Table (ACPI 6.5, section 5.2.16).
 
-use super::{Table, table};
+use super::{Table, begun, table};
 use crate::plan::Plan;
 use crate::ranges::Range;
 
@@ -54,7 +54,7 @@ fn initiator(body: &mut Vec<u8>, pxm: u32, (segment, bus): (u16, u8)) {
 /// Processors in order, Generic Initiators and memory in the order of Linux's node numbers.
 pub(super) fn srat(plan: &Plan) -> Table {
     // Table revision 1 that must be there for old software, and 8 reserved bytes.
-    let mut body = Vec::new();
+    let mut body = begun(0);
     body.extend(1u32.to_le_bytes());
     body.extend([0; 8]);
 
@@ -64,8 +64,9 @@ pub(super) fn srat(plan: &Plan) -> Table {
         .flat_map(|node| node.cpus.iter().map(|cpu| (*cpu, node.pxm)))
         .collect();
     processors.sort_unstable();
+    let apic_id = plan.apic_ids();
     for (cpu, pxm) in processors {
-        processor(&mut body, plan.apic_id(cpu), pxm);
+        processor(&mut body, apic_id(cpu), pxm);
     }
     let mut initiators: Vec<(u32, u32, (u16, u8))> = plan
         .gpus
@@ -90,5 +91,5 @@ pub(super) fn srat(plan: &Plan) -> Table {
         }
     }
     // Revision 3: domains of 32 bits. Linux reads those of 1 and older as 8 bits.
-    table("SRAT", 3, &body)
+    table("SRAT", 3, body)
 }

@@ -3,7 +3,7 @@
 use acpi_tables::aml::{Device, EISAName, Name, Package, Path, Scope, Uuid};
 use acpi_tables::{Aml, AmlSink};
 
-use super::{Table, table};
+use super::{Table, begun, table};
 use crate::machine::Exposure;
 use crate::plan::{Gpu, Plan};
 
@@ -11,7 +11,6 @@ use crate::plan::{Gpu, Plan};
 const DEVICE_PROPERTIES: &str = "daffd814-6eba-4d8c-8a91-bc9bbf4aa301";
 
 /// A sink for AML.
-#[derive(Default)]
 struct Body(Vec<u8>);
 
 impl AmlSink for Body {
@@ -62,7 +61,7 @@ pub(super) fn ssdt(plan: &Plan) -> Option<Table> {
     if plan.gpus.is_empty() {
         return None;
     }
-    let mut body = Body::default();
+    let mut body = Body(begun(0));
     for gpu in &plan.gpus {
         let (hid, cid) = (EISAName::new("PNP0A08"), EISAName::new("PNP0A03"));
         let (segment, bus) = (u32::from(gpu.segment), u32::from(gpu.bus));
@@ -97,5 +96,5 @@ pub(super) fn ssdt(plan: &Plan) -> Option<Table> {
         let bridge = Device::new(name('P', gpu.index), children);
         Scope::new(Path::new("_SB_"), vec![&bridge]).to_aml_bytes(&mut body);
     }
-    Some(table("SSDT", 2, &body.0))
+    Some(table("SSDT", 2, body.0))
 }

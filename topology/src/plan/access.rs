@@ -1,5 +1,7 @@
 //! How fast a domain reaches the memory of another, as far as the description says.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use super::{Gpu, Plan};
@@ -42,6 +44,7 @@ pub(super) fn access(machine: &Machine, gpus: &[Gpu]) -> Vec<Access> {
         let cpu = u32::try_from(*node.cpu.get_ref()).unwrap_or(u32::MAX);
         push(cpu, pxm, node.latency_ns, node.bandwidth_mbs);
     }
+    let by_id: BTreeMap<&str, &Gpu> = gpus.iter().map(|gpu| (gpu.id.as_str(), gpu)).collect();
     for (gpu, described) in gpus.iter().zip(&machine.gpu) {
         let described = described.get_ref();
         for from in &gpu.domains {
@@ -67,11 +70,8 @@ pub(super) fn access(machine: &Machine, gpus: &[Gpu]) -> Vec<Access> {
                 }
             }
             // Each link between GPUs is in the lists of both, so one direction each makes two.
-            let peers = gpus
-                .iter()
-                .filter(|peer| peer.id == link.peer)
-                .flat_map(|peer| &peer.domains);
-            for to in peers {
+            let peer = by_id.get(link.peer.as_str());
+            for to in peer.into_iter().flat_map(|peer| &peer.domains) {
                 gpu.domains
                     .iter()
                     .for_each(|from| push(from.pxm, to.pxm, latency, bandwidth));
@@ -115,8 +115,13 @@ impl Plan {
     /// The APIC id of a CPU: socket above core, the core in as many bits as a socket needs (Intel SDM volume 3,
     /// section 10.9.1, as QEMU's `include/hw/i386/topology.h` has it).
     pub fn apic_id(&self, cpu: u32) -> u32 {
+        self.apic_ids()(cpu)
+    }
+
+    /// The same for all CPUs: what a socket has is looked at once.
+    pub(crate) fn apic_ids(&self) -> impl Fn(u32) -> u32 + use<> {
         let cores = self.cores_per_socket();
         let bits = cores.next_power_of_two().trailing_zeros();
-        ((cpu / cores) << bits) | (cpu % cores)
+        move |cpu| ((cpu / cores) << bits) | (cpu % cores)
     }
 }

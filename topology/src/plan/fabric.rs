@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::number::Numbering;
 use super::{GpuLink, domains};
 use crate::error::MachineError;
-use crate::machine::Machine;
+use crate::machine::{Distances, Machine};
 use crate::validate::{Checked, End, wrong};
 
 /// PCI segment and bus of each GPU: the bus it names, on segment 0, otherwise spread over the numbers that are left
@@ -138,14 +138,6 @@ pub(super) fn links(machine: &Machine, checked: &Checked, hives: &[Hive]) -> Vec
     links
 }
 
-/// Whose a proximity domain is.
-#[derive(Clone, Copy)]
-enum Domain {
-    Cpu(usize),
-    Memory(usize),
-    Gpu(usize),
-}
-
 /// Distances by proximity domain.
 pub(super) fn slit(machine: &Machine, checked: &Checked, numbering: &Numbering) -> Vec<Vec<u8>> {
     let before = machine.cpu.len() + machine.memory.len();
@@ -167,55 +159,41 @@ pub(super) fn slit(machine: &Machine, checked: &Checked, numbering: &Numbering) 
             .map(|row| position.iter().map(|to| cell(row, to)).collect())
             .collect();
     }
-    // What is at every position, and then of every proximity domain.
-    let described: Vec<Domain> = (0..machine.cpu.len())
-        .map(Domain::Cpu)
-        .chain((0..machine.memory.len()).map(Domain::Memory))
-        .chain(domains(machine).into_iter().map(|d| Domain::Gpu(d.gpu)))
-        .collect();
-    let ends: Vec<Domain> = position
+    let described: Vec<usize> = domains(machine).iter().map(|domain| domain.gpu).collect();
+    let ends: Vec<usize> = position
         .iter()
-        .filter_map(|index| described.get(*index).copied())
+        .filter_map(|index| described.get(index.checked_sub(before)?).copied())
         .collect();
-    let rules = Rules::new(machine, checked);
-    let row = |(pxm, from): (usize, &Domain)| {
-        let by_end = rules.row(*from);
-        let mut row: Vec<u8> = ends.iter().map(|to| byte(by_end.to(*to))).collect();
-        if let Some(own) = row.get_mut(pxm) {
-            *own = 10;
-        }
-        row
-    };
-    ends.iter().enumerate().map(row).collect()
+    let rules = Rules::new(machine, checked, ends);
+    let from_cpu = (0..machine.cpu.len()).map(|cpu| rules.row_of_cpu(cpu));
+    let from_memory = rules.memory_cpus.iter().map(|cpu| rules.row_of_hbm(*cpu));
+    let from_gpu = rules.ends.iter().map(|gpu| rules.row_of_gpu(*gpu));
+    let rows = from_cpu.chain(from_memory).chain(from_gpu).enumerate();
+    rows.map(|(pxm, row)| rules.by_domain(pxm, row)).collect()
 }
 
 /// Distances by kind.
 struct Rules<'a> {
-    machine: &'a Machine,
+    distances: &'a Distances,
+    cpus: usize,
+    /// CPU node next to each memory node.
+    memory_cpus: Vec<usize>,
+    /// CPU node that each GPU is attached to.
+    gpu_cpus: Vec<usize>,
+    /// GPU of every proximity domain behind those of the CPU and memory nodes.
+    ends: Vec<usize>,
     /// GPUs that a GPU has links with.
     linked: Vec<Vec<usize>>,
 }
 
-/// Distances from a domain.
+/// Distances from a domain: to CPU nodes and memory nodes by proximity domain, and to each GPU.
 struct Row {
-    cpus: Vec<u32>,
-    memory: Vec<u32>,
-    gpus: Vec<u32>,
-}
-
-impl Row {
-    fn to(&self, end: Domain) -> u32 {
-        let value = match end {
-            Domain::Cpu(cpu) => self.cpus.get(cpu),
-            Domain::Memory(node) => self.memory.get(node),
-            Domain::Gpu(gpu) => self.gpus.get(gpu),
-        };
-        value.copied().unwrap_or(255)
-    }
+    nodes: Vec<u8>,
+    gpus: Vec<u8>,
 }
 
 impl<'a> Rules<'a> {
-    fn new(machine: &'a Machine, checked: &Checked) -> Rules<'a> {
+    fn new(machine: &'a Machine, checked: &Checked, ends: Vec<usize>) -> Rules<'a> {
         let mut linked = vec![Vec::new(); machine.gpu.len()];
         for (from, to) in &checked.links {
             if let (End::Gpu(from), End::Gpu(to)) = (from, to) {
@@ -226,58 +204,78 @@ impl<'a> Rules<'a> {
                 }
             }
         }
-        Rules { machine, linked }
-    }
-
-    /// CPU nodes next to the memory nodes, and those that the GPUs are attached to.
-    fn next_to(&self) -> (impl Iterator<Item = usize>, impl Iterator<Item = usize>) {
-        let memory = self.machine.memory.iter();
-        let gpus = self.machine.gpu.iter();
-        (
-            memory.map(|node| *node.get_ref().cpu.get_ref()),
-            gpus.map(|gpu| *gpu.get_ref().cpu.get_ref()),
-        )
-    }
-
-    fn row(&self, from: Domain) -> Row {
-        let distances = &self.machine.distances;
-        let (cpus, gpus) = (self.machine.cpu.len(), self.machine.gpu.len());
-        let local = *distances.cpu_hbm_local.get_ref();
-        let remote = *distances.cpu_hbm_remote.get_ref();
-        let (memory_cpus, gpu_cpus) = self.next_to();
-        let by_cpu = |own: usize| move |cpu: usize| if cpu == own { local } else { remote };
-        let from_memory = |own: Option<usize>| {
-            let to_cpu = move |cpu: usize| if Some(cpu) == own { local } else { remote };
-            let hbm = *distances.hbm_hbm.get_ref();
-            Row {
-                cpus: (0..cpus).map(to_cpu).collect(),
-                memory: vec![hbm; self.machine.memory.len()],
-                gpus: vec![hbm; gpus],
-            }
-        };
-        match from {
-            Domain::Cpu(cpu) => Row {
-                cpus: vec![*distances.cpu_cpu.get_ref(); cpus],
-                memory: memory_cpus.map(by_cpu(cpu)).collect(),
-                gpus: gpu_cpus.map(by_cpu(cpu)).collect(),
-            },
-            Domain::Memory(node) => {
-                let mut memory_cpus = memory_cpus;
-                from_memory(memory_cpus.nth(node))
-            }
-            Domain::Gpu(gpu) => {
-                let mut gpu_cpus = gpu_cpus;
-                let mut row = from_memory(gpu_cpus.nth(gpu));
-                for peer in self.linked.get(gpu).into_iter().flatten() {
-                    if let Some(value) = row.gpus.get_mut(*peer) {
-                        *value = *distances.hbm_hbm_linked.get_ref();
-                    }
-                }
-                if let Some(value) = row.gpus.get_mut(gpu) {
-                    *value = *distances.hbm_hbm_same_gpu.get_ref();
-                }
-                row
-            }
+        let (memory, gpus) = (machine.memory.iter(), machine.gpu.iter());
+        Rules {
+            distances: &machine.distances,
+            cpus: machine.cpu.len(),
+            memory_cpus: memory.map(|node| *node.get_ref().cpu.get_ref()).collect(),
+            gpu_cpus: gpus.map(|gpu| *gpu.get_ref().cpu.get_ref()).collect(),
+            ends,
+            linked,
         }
     }
+
+    /// Between a CPU node and what is next to one.
+    fn local_or_remote(&self, is_local: bool) -> u8 {
+        let distances = self.distances;
+        distance(if is_local {
+            &distances.cpu_hbm_local
+        } else {
+            &distances.cpu_hbm_remote
+        })
+    }
+
+    fn row_of_cpu(&self, own: usize) -> Row {
+        let next_to = |cpu: &usize| self.local_or_remote(*cpu == own);
+        let mut nodes = vec![distance(&self.distances.cpu_cpu); self.cpus];
+        nodes.extend(self.memory_cpus.iter().map(next_to));
+        Row {
+            nodes,
+            gpus: self.gpu_cpus.iter().map(next_to).collect(),
+        }
+    }
+
+    /// From HBM or a memory node next to the CPU node `own`.
+    fn row_of_hbm(&self, own: usize) -> Row {
+        let hbm = distance(&self.distances.hbm_hbm);
+        let mut nodes = vec![self.local_or_remote(false); self.cpus];
+        if let Some(value) = nodes.get_mut(own) {
+            *value = self.local_or_remote(true);
+        }
+        nodes.resize(self.cpus + self.memory_cpus.len(), hbm);
+        Row {
+            nodes,
+            gpus: vec![hbm; self.gpu_cpus.len()],
+        }
+    }
+
+    fn row_of_gpu(&self, gpu: usize) -> Row {
+        let mut row = self.row_of_hbm(self.gpu_cpus.get(gpu).copied().unwrap_or(usize::MAX));
+        for peer in self.linked.get(gpu).into_iter().flatten() {
+            if let Some(value) = row.gpus.get_mut(*peer) {
+                *value = distance(&self.distances.hbm_hbm_linked);
+            }
+        }
+        if let Some(value) = row.gpus.get_mut(gpu) {
+            *value = distance(&self.distances.hbm_hbm_same_gpu);
+        }
+        row
+    }
+
+    /// The row of domain `pxm`, by proximity domain.
+    fn by_domain(&self, pxm: usize, from: Row) -> Vec<u8> {
+        let mut row = from.nodes;
+        row.reserve_exact(self.ends.len());
+        let to = |gpu: &usize| from.gpus.get(*gpu).copied().unwrap_or(u8::MAX);
+        row.extend(self.ends.iter().map(to));
+        if let Some(own) = row.get_mut(pxm) {
+            *own = 10;
+        }
+        row
+    }
+}
+
+/// A distance as the table has it: at most 255.
+fn distance(value: &toml::Spanned<u32>) -> u8 {
+    u8::try_from(*value.get_ref()).unwrap_or(u8::MAX)
 }

@@ -13,6 +13,8 @@ mod fabric;
 mod number;
 mod place;
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use crate::error::MachineError;
@@ -284,16 +286,19 @@ impl Plan {
         }
     }
 
+    fn node(&self, pxm: u32) -> Option<&Node> {
+        let position = self.nodes.binary_search_by_key(&pxm, |node| node.pxm);
+        self.nodes.get(position.ok()?)
+    }
+
     /// The Linux node of a proximity domain.
     pub fn linux_node(&self, pxm: u32) -> Option<u32> {
-        let position = self.nodes.binary_search_by_key(&pxm, |node| node.pxm);
-        let node = self.nodes.get(position.ok()?)?;
-        Some(node.linux_node)
+        self.node(pxm).map(|node| node.linux_node)
     }
 
     /// Whether Linux has the node of a proximity domain online at boot.
     pub fn is_online(&self, pxm: u32) -> bool {
-        self.nodes.iter().any(|node| node.pxm == pxm && node.online)
+        self.node(pxm).is_some_and(|node| node.online)
     }
 
     /// Distance between two proximity domains.
@@ -503,10 +508,12 @@ fn nodes(
             })
             .collect()
     };
-    let brought_by = |pxm: u32| {
-        let mut gpus = gpus.iter();
-        gpus.find(|gpu| gpu.exposure == Exposure::Ram && gpu.cpu_pxm == pxm)
-    };
+    // Backwards, so that of several it is the first in the description.
+    let bringing = gpus
+        .iter()
+        .rev()
+        .filter(|gpu| gpu.exposure == Exposure::Ram);
+    let brought_by: BTreeMap<u32, &Gpu> = bringing.map(|gpu| (gpu.cpu_pxm, gpu)).collect();
     let mut nodes: Vec<Node> = (0u32..)
         .zip(&checked.cpus)
         .map(|(pxm, cpus)| Node {
@@ -515,7 +522,7 @@ fn nodes(
             kind: NodeKind::Cpu,
             cpus: cpus.clone(),
             ranges: ranges(pxm),
-            gpu: brought_by(pxm).map(|gpu| gpu.id.clone()),
+            gpu: brought_by.get(&pxm).map(|gpu| gpu.id.clone()),
             cpu_pxm: Some(pxm),
             online: true,
         })

@@ -1,5 +1,7 @@
 //! Links as pictures draw them: each once.
 
+use std::collections::BTreeMap;
+
 use crate::plan::{Gpu, GpuLink, Node, NodeKind, Plan};
 
 /// A link, told from the end of the GPU that comes first.
@@ -15,10 +17,12 @@ pub(super) struct Drawn<'a> {
 
 /// All links, each once, in the order of GPUs.
 pub(super) fn drawn(plan: &Plan) -> Vec<Drawn<'_>> {
+    let gpus = plan.gpus.iter();
+    let by_id: BTreeMap<&str, &Gpu> = gpus.map(|gpu| (gpu.id.as_str(), gpu)).collect();
     let mut all = Vec::new();
     for gpu in &plan.gpus {
         for link in &gpu.links {
-            let peer = plan.gpus.iter().find(|peer| peer.id == link.peer);
+            let peer = by_id.get(link.peer.as_str()).copied();
             if peer.is_none_or(|peer| peer.index > gpu.index) {
                 all.push(Drawn { gpu, link, peer });
             }

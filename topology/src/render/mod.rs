@@ -2,6 +2,7 @@
 
 mod dot;
 mod hwloc;
+mod json;
 mod links;
 mod parts;
 mod svg;
@@ -10,21 +11,12 @@ mod xml;
 
 pub use dot::dot;
 pub use hwloc::hwloc;
+pub use json::json;
 pub use svg::svg;
 pub use text::text;
 
 use crate::plan::Plan;
 use crate::{E820_RAM, E820_SOFT_RESERVED};
-
-/// The plan as one JSON object, indented.
-///
-/// # Errors
-/// None that a plan can cause; `serde_json`'s type is passed through.
-pub fn json(plan: &Plan) -> Result<String, serde_json::Error> {
-    let mut text = serde_json::to_string_pretty(plan)?;
-    text.push('\n');
-    Ok(text)
-}
 
 /// Name of an E820 type, as Linux 6.12 prints it.
 pub fn e820_type(kind: u32) -> &'static str {
