@@ -165,9 +165,9 @@ pub(super) fn slit(machine: &Machine, checked: &Checked, numbering: &Numbering) 
         .filter_map(|index| described.get(index.checked_sub(before)?).copied())
         .collect();
     let rules = Rules::new(machine, checked, ends);
-    let from_cpu = (0..machine.cpu.len()).map(|cpu| rules.from_cpu(cpu));
-    let from_memory = rules.memory_cpus.iter().map(|cpu| rules.from_hbm(*cpu));
-    let from_gpu = rules.ends.iter().map(|gpu| rules.from_gpu(*gpu));
+    let from_cpu = (0..machine.cpu.len()).map(|cpu| rules.cpu_row(cpu));
+    let from_memory = rules.memory_cpus.iter().map(|cpu| rules.hbm_row(*cpu));
+    let from_gpu = rules.ends.iter().map(|gpu| rules.gpu_row(*gpu));
     let rows = from_cpu.chain(from_memory).chain(from_gpu).enumerate();
     rows.map(|(pxm, row)| rules.by_domain(pxm, row)).collect()
 }
@@ -225,7 +225,7 @@ impl<'a> Rules<'a> {
         })
     }
 
-    fn from_cpu(&self, own: usize) -> Row {
+    fn cpu_row(&self, own: usize) -> Row {
         let next_to = |cpu: &usize| self.local_or_remote(*cpu == own);
         let mut nodes = vec![distance(&self.distances.cpu_cpu); self.cpus];
         nodes.extend(self.memory_cpus.iter().map(next_to));
@@ -236,7 +236,7 @@ impl<'a> Rules<'a> {
     }
 
     /// From HBM or a memory node next to the CPU node `own`.
-    fn from_hbm(&self, own: usize) -> Row {
+    fn hbm_row(&self, own: usize) -> Row {
         let hbm = distance(&self.distances.hbm_hbm);
         let mut nodes = vec![self.local_or_remote(false); self.cpus];
         if let Some(value) = nodes.get_mut(own) {
@@ -249,8 +249,8 @@ impl<'a> Rules<'a> {
         }
     }
 
-    fn from_gpu(&self, gpu: usize) -> Row {
-        let mut row = self.from_hbm(self.gpu_cpus.get(gpu).copied().unwrap_or(usize::MAX));
+    fn gpu_row(&self, gpu: usize) -> Row {
+        let mut row = self.hbm_row(self.gpu_cpus.get(gpu).copied().unwrap_or(usize::MAX));
         for peer in self.linked.get(gpu).into_iter().flatten() {
             if let Some(value) = row.gpus.get_mut(*peer) {
                 *value = distance(&self.distances.hbm_hbm_linked);
