@@ -7,7 +7,7 @@ use crossbeam::channel::Receiver;
 use numagpu_spec::regs::QueueFault;
 use numagpu_spec::sdma;
 
-use crate::engine::{Engine, Fault, Stop};
+use crate::engine::{Fault, Stop};
 use crate::packet::{Operation, Packet, decode};
 use crate::queue::{Run, Shared};
 use crate::ring::Ring;
@@ -66,7 +66,6 @@ impl Drop for Permit<'_> {
 
 /// The worker: waits for kicks until the queue is dropped.
 pub(crate) fn work(shared: &Shared, kicked: &Receiver<()>) {
-    let mut engine = Engine::default();
     let mut ring = Ring::default();
     for () in kicked {
         // Dropped in reverse order: nothing of the run is held when the worker says that it has left.
@@ -74,7 +73,7 @@ pub(crate) fn work(shared: &Shared, kicked: &Receiver<()>) {
             continue;
         };
         ring.clear();
-        let stop = drain(shared, &run, &mut engine, &mut ring);
+        let stop = drain(shared, &run, &mut ring);
         if let Err(Stop::Fault(fault)) = stop {
             // Where even this fails, the fault that is reported says more.
             let _second = write_back(shared, &run);
@@ -84,7 +83,7 @@ pub(crate) fn work(shared: &Shared, kicked: &Receiver<()>) {
 }
 
 /// Works off the ring until it is empty.
-fn drain(shared: &Shared, run: &Run, engine: &mut Engine, ring: &mut Ring) -> Result<(), Stop> {
+fn drain(shared: &Shared, run: &Run, ring: &mut Ring) -> Result<(), Stop> {
     let mut unwritten = 0;
     loop {
         run.leave(shared).check()?;
@@ -106,7 +105,7 @@ fn drain(shared: &Shared, run: &Run, engine: &mut Engine, ring: &mut Ring) -> Re
             }
         })?;
         let permit = Permit::new(shared, run, packet);
-        let permit = execute(permit, engine, rptr)?;
+        let permit = execute(permit, rptr)?;
         permit.complete()?;
         unwritten += 1;
         if packet.operation == Operation::Trap {
@@ -123,7 +122,7 @@ fn drain(shared: &Shared, run: &Run, engine: &mut Engine, ring: &mut Ring) -> Re
 }
 
 /// Does what a packet asks for, except for raising a trap's interrupt.
-fn execute<'q>(mut permit: Permit<'q>, engine: &mut Engine, rptr: u64) -> Result<Permit<'q>, Stop> {
+fn execute<'q>(mut permit: Permit<'q>, rptr: u64) -> Result<Permit<'q>, Stop> {
     let run = permit.run;
     let reach = &run.setup.reach;
     let leave = run.leave(permit.shared);
@@ -133,7 +132,7 @@ fn execute<'q>(mut permit: Permit<'q>, engine: &mut Engine, rptr: u64) -> Result
             source,
             destination,
             bytes,
-        } => (engine.copy(reach, leave, source, destination, bytes), bytes),
+        } => (reach.copy(leave, source, destination, bytes), bytes),
         Operation::Write { destination, bytes } => {
             let start = rptr.saturating_add(4 * sdma::WRITE_LINEAR_HEADER_WORDS as u64);
             let mut done = 0;
@@ -144,7 +143,7 @@ fn execute<'q>(mut permit: Permit<'q>, engine: &mut Engine, rptr: u64) -> Result
                 let size = u64::from(run.setup.ring_size).max(1);
                 let piece = (size - position % size).min(bytes - done);
                 result = match destination.checked_add(done) {
-                    Some(to) => engine.copy(reach, leave, run.ring_address(position), to, piece),
+                    Some(to) => reach.copy(leave, run.ring_address(position), to, piece),
                     None => Err(Stop::Fault(Fault {
                         code: QueueFault::BadField,
                         address: destination,
@@ -158,10 +157,7 @@ fn execute<'q>(mut permit: Permit<'q>, engine: &mut Engine, rptr: u64) -> Result
             destination,
             pattern,
             bytes,
-        } => (
-            engine.fill(reach, leave, destination, pattern, bytes),
-            bytes,
-        ),
+        } => (reach.fill(leave, destination, pattern, bytes), bytes),
         Operation::Fence { address, value } => {
             (reach.store32(address, value).map_err(Stop::from), 4)
         }
