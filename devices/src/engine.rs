@@ -14,7 +14,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use numagpu_spec::regs::QueueFault;
 use vm_memory::{Bytes, VolatileSlice};
 
+use crate::atomic::{Atomic, Outcome};
 use crate::bus::{DmaAccess, DmaError, DmaPort};
+use crate::clock::Clock;
 use crate::fabric::{Fabric, Place};
 use crate::partition::{Entry, Partition};
 
@@ -79,6 +81,8 @@ pub struct Reach {
     pub dma: Option<Arc<dyn DmaPort>>,
     /// Bus master on and function in D0.
     pub dma_allowed: Arc<AtomicBool>,
+    /// The device's clock.
+    pub clock: Arc<dyn Clock>,
 }
 
 /// Whose a range is.
@@ -239,22 +243,53 @@ impl Reach {
         })
     }
 
+    /// Loads a word with one atomic access; what is read afterwards is not older.
+    ///
+    /// # Errors
+    /// The fault; `address` must be a multiple of 4.
+    pub fn load32(&self, address: u64) -> Result<u32, Fault> {
+        self.word(address, 4, DmaAccess::Read, &|piece| {
+            piece.load(0, Ordering::Acquire).ok().map(u32::from_le)
+        })
+    }
+
+    /// One try at an atomic operation, after everything that was written before is visible.
+    ///
+    /// # Errors
+    /// The fault; `address` must be a multiple of the operation's width.
+    pub fn atomic(&self, address: u64, atomic: &Atomic) -> Result<Outcome, Fault> {
+        self.word(address, atomic.bytes(), DmaAccess::Write, &|piece| {
+            atomic.apply(piece)
+        })
+    }
+
     fn store(
         &self,
         address: u64,
         len: u64,
         f: &dyn Fn(&VolatileSlice<'_>) -> bool,
     ) -> Result<(), Fault> {
+        self.word(address, len, DmaAccess::Write, &|piece| {
+            f(piece).then_some(())
+        })
+    }
+
+    /// Calls `f` with the `len` bytes at `address`, which it answers with `None` if it cannot use them.
+    fn word<T>(
+        &self,
+        address: u64,
+        len: u64,
+        access: DmaAccess,
+        f: &dyn Fn(&VolatileSlice<'_>) -> Option<T>,
+    ) -> Result<T, Fault> {
         end(address, len)?;
         let span = self.span(address, len)?;
         let _entry = span.enter(self.token)?;
         // Bulk data may have gone past the cache: no store of ours may overtake it.
         fence(Ordering::SeqCst);
-        let mut stored = false;
-        span.pieces(span.len, DmaAccess::Write, &mut |_, piece| {
-            stored = f(&piece);
-        })?;
-        if stored { Ok(()) } else { Err(span.unmapped()) }
+        let mut result = None;
+        span.pieces(span.len, access, &mut |_, piece| result = f(&piece))?;
+        result.ok_or_else(|| span.unmapped())
     }
 }
 

@@ -3,10 +3,14 @@
 //! Every packet is a [`Permit`] from the moment it is decoded: it is completed or given up, with a fault or
 //! because the queue was stopped.
 
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
 use crossbeam::channel::Receiver;
 use numagpu_spec::regs::QueueFault;
 use numagpu_spec::sdma;
 
+use crate::atomic::{Outcome, holds};
 use crate::engine::{Fault, Stop};
 use crate::packet::{Operation, Packet, decode};
 use crate::queue::{Run, Shared};
@@ -161,6 +165,21 @@ fn execute<'q>(mut permit: Permit<'q>, rptr: u64) -> Result<Permit<'q>, Stop> {
         Operation::Fence { address, value } => {
             (reach.store32(address, value).map_err(Stop::from), 4)
         }
+        Operation::Poll { .. } => (poll(&permit), 0),
+        Operation::Atomic { atomic, .. } => (change(&permit), atomic.bytes()),
+        Operation::SetTime { ns } => {
+            let offset = ns.wrapping_sub(reach.clock.now_ns());
+            run.time_offset.store(offset, Ordering::Relaxed);
+            (Ok(()), 0)
+        }
+        Operation::GetTime { address, global } => {
+            let offset = match global {
+                true => 0,
+                false => run.time_offset.load(Ordering::Relaxed),
+            };
+            let now = reach.clock.now_ns().wrapping_add(offset);
+            (reach.store64(address, now).map_err(Stop::from), 8)
+        }
     };
     match done {
         Ok(()) => {
@@ -168,6 +187,69 @@ fn execute<'q>(mut permit: Permit<'q>, rptr: u64) -> Result<Permit<'q>, Stop> {
             Ok(permit)
         }
         Err(stop) => Err(permit.give_up(stop)),
+    }
+}
+
+/// Tries until a poll's comparison holds; gives the core up between tries.
+fn poll(permit: &Permit<'_>) -> Result<(), Stop> {
+    let Operation::Poll {
+        address,
+        function,
+        reference,
+        mask,
+        retries,
+        interval,
+    } = permit.packet.operation
+    else {
+        return Ok(());
+    };
+    let mut tries = 0;
+    while !holds(
+        function,
+        permit.run.setup.reach.load32(address)? & mask,
+        reference,
+    ) {
+        if retries.is_some_and(|retries| tries >= retries) {
+            let code = QueueFault::PollTimeout;
+            return Err(Stop::Fault(Fault { code, address }));
+        }
+        if tries == 0 {
+            // Who is to change the word may wait for what came before.
+            write_back(permit.shared, permit.run)?;
+        }
+        tries = tries.saturating_add(1);
+        let interval = Duration::from_micros(u64::from(interval).max(1));
+        permit.shared.pause(permit.run, interval)?;
+    }
+    Ok(())
+}
+
+/// Does an atomic operation, again until its comparison holds if it is so asked.
+fn change(permit: &Permit<'_>) -> Result<(), Stop> {
+    let Operation::Atomic {
+        address,
+        atomic,
+        until,
+    } = permit.packet.operation
+    else {
+        return Ok(());
+    };
+    let mut waited = false;
+    loop {
+        permit.run.leave(permit.shared).check()?;
+        let outcome = permit.run.setup.reach.atomic(address, &atomic)?;
+        match (outcome, until) {
+            (Outcome::Lost, _) => std::thread::yield_now(),
+            (Outcome::Differs, Some(interval)) => {
+                if !waited {
+                    write_back(permit.shared, permit.run)?;
+                    waited = true;
+                }
+                let interval = Duration::from_micros(u64::from(interval).max(1));
+                permit.shared.pause(permit.run, interval)?;
+            }
+            (Outcome::Done, _) | (Outcome::Differs, None) => return Ok(()),
+        }
     }
 }
 
