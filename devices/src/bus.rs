@@ -131,6 +131,15 @@ pub trait DmaPort: Send + Sync {
         f: &mut dyn FnMut(VolatileSlice<'_>),
     ) -> Result<(), DmaError>;
 
+    /// Copies `len` bytes from one range of addresses to another, from mapping to mapping without a buffer
+    /// between. Where the ranges overlap, it is as if all bytes were read before any is written; where one memory
+    /// is mapped at several addresses, only the addresses count.
+    ///
+    /// # Errors
+    /// [`DmaError`] with the range's address, if any part of `source` is not mapped for reading or any of
+    /// `destination` not for writing; then nothing was copied.
+    fn copy(&self, source: u64, destination: u64, len: u64) -> Result<(), DmaError>;
+
     /// What the VMM maps over `address..address + len`.
     fn mapped(&self, address: u64, len: u64) -> Mapped;
 }

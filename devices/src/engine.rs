@@ -5,8 +5,8 @@
 //! and what a driver loses it loses between two chunks. A fault in the middle of a packet leaves what the
 //! chunks before it did.
 //!
-//! Two ranges of guest memory are copied through a buffer: a call into the [`DmaPort`] inside another one could
-//! wait for ever behind a change of the map.
+//! Two ranges of guest memory are the [`DmaPort`]'s to copy: a call into it inside another one could wait for ever
+//! behind a change of the map.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -14,14 +14,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use numagpu_spec::regs::QueueFault;
 use vm_memory::{Bytes, VolatileSlice};
 
+use crate::atomic::{Atomic, Outcome};
 use crate::bus::{DmaAccess, DmaError, DmaPort};
+use crate::clock::Clock;
 use crate::fabric::{Fabric, Place};
 use crate::partition::{Entry, Partition};
 
 /// Most bytes moved between two looks at whether to stop: some 50 us of work.
 pub const CHUNK: u64 = 256 << 10;
-/// Most bytes moved through the buffer at once: stays in a core's second-level cache.
-const BOUNCE: usize = 64 << 10;
 
 /// Why a queue stops, with the address that it is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +81,8 @@ pub struct Reach {
     pub dma: Option<Arc<dyn DmaPort>>,
     /// Bus master on and function in D0.
     pub dma_allowed: Arc<AtomicBool>,
+    /// The device's clock.
+    pub clock: Arc<dyn Clock>,
 }
 
 /// Whose a range is.
@@ -241,22 +243,53 @@ impl Reach {
         })
     }
 
+    /// Loads a word with one atomic access; what is read afterwards is not older.
+    ///
+    /// # Errors
+    /// The fault; `address` must be a multiple of 4.
+    pub fn load32(&self, address: u64) -> Result<u32, Fault> {
+        self.word(address, 4, DmaAccess::Read, &|piece| {
+            piece.load(0, Ordering::Acquire).ok().map(u32::from_le)
+        })
+    }
+
+    /// One try at an atomic operation, after everything that was written before is visible.
+    ///
+    /// # Errors
+    /// The fault; `address` must be a multiple of the operation's width.
+    pub fn atomic(&self, address: u64, atomic: &Atomic) -> Result<Outcome, Fault> {
+        self.word(address, atomic.bytes(), DmaAccess::Write, &|piece| {
+            atomic.apply(piece)
+        })
+    }
+
     fn store(
         &self,
         address: u64,
         len: u64,
         f: &dyn Fn(&VolatileSlice<'_>) -> bool,
     ) -> Result<(), Fault> {
+        self.word(address, len, DmaAccess::Write, &|piece| {
+            f(piece).then_some(())
+        })
+    }
+
+    /// Calls `f` with the `len` bytes at `address`, which it answers with `None` if it cannot use them.
+    fn word<T>(
+        &self,
+        address: u64,
+        len: u64,
+        access: DmaAccess,
+        f: &dyn Fn(&VolatileSlice<'_>) -> Option<T>,
+    ) -> Result<T, Fault> {
         end(address, len)?;
         let span = self.span(address, len)?;
         let _entry = span.enter(self.token)?;
         // Bulk data may have gone past the cache: no store of ours may overtake it.
         fence(Ordering::SeqCst);
-        let mut stored = false;
-        span.pieces(span.len, DmaAccess::Write, &mut |_, piece| {
-            stored = f(&piece);
-        })?;
-        if stored { Ok(()) } else { Err(span.unmapped()) }
+        let mut result = None;
+        span.pieces(span.len, access, &mut |_, piece| result = f(&piece))?;
+        result.ok_or_else(|| span.unmapped())
     }
 }
 
@@ -266,21 +299,13 @@ fn end(address: u64, len: u64) -> Result<u64, Fault> {
     address.checked_add(len).ok_or(wrapped)
 }
 
-/// Working memory of one queue's worker.
-#[derive(Debug, Default)]
-pub struct Engine {
-    /// Allocated at the first copy from guest memory to guest memory.
-    bounce: Vec<u8>,
-}
-
-impl Engine {
+impl Reach {
     /// Copies `len` bytes as if all were read before any is written.
     ///
     /// # Errors
     /// [`Stop`]; the copy is then incomplete.
     pub fn copy(
-        &mut self,
-        reach: &Reach,
+        &self,
         leave: Leave<'_>,
         source: u64,
         destination: u64,
@@ -289,27 +314,26 @@ impl Engine {
         let source_end = end(source, len)?;
         end(destination, len)?;
         if len > CHUNK {
-            reach.check(source, len)?;
-            reach.check(destination, len)?;
+            self.check(source, len)?;
+            self.check(destination, len)?;
         }
         if source < destination && destination < source_end {
-            return self.copy_backward(reach, leave, source, destination, len);
+            return self.copy_backward(leave, source, destination, len);
         }
         let mut done = 0;
         while done < len {
             leave.check()?;
             let most = CHUNK.min(len - done);
-            let from = reach.span(source + done, most)?;
-            let to = reach.span(destination + done, most)?;
-            done += self.chunk(reach.token, &from, &to, from.len.min(to.len))?;
+            let from = self.span(source + done, most)?;
+            let to = self.span(destination + done, most)?;
+            done += self.chunk(&from, &to, from.len.min(to.len))?;
         }
         Ok(())
     }
 
     /// The same from the last byte to the first, for a destination that begins inside the source.
     fn copy_backward(
-        &mut self,
-        reach: &Reach,
+        &self,
         leave: Leave<'_>,
         source: u64,
         destination: u64,
@@ -318,13 +342,13 @@ impl Engine {
         let mut rest = len;
         while rest > 0 {
             leave.check()?;
-            let mut start = rest - rest.min(BOUNCE as u64);
+            let mut start = rest - rest.min(CHUNK);
             loop {
-                let from = reach.span(source + start, rest - start)?;
-                let to = reach.span(destination + start, rest - start)?;
+                let from = self.span(source + start, rest - start)?;
+                let to = self.span(destination + start, rest - start)?;
                 let len = from.len.min(to.len);
                 if start + len >= rest {
-                    self.chunk(reach.token, &from, &to, len)?;
+                    self.chunk(&from, &to, len)?;
                     break;
                 }
                 // The piece ends at a border of HBM: the one behind the border comes first.
@@ -335,12 +359,15 @@ impl Engine {
         Ok(())
     }
 
-    /// Copies at most `len` bytes from one place to another; returns how many.
-    fn chunk(&mut self, token: u64, from: &Span, to: &Span, len: u64) -> Result<u64, Fault> {
-        let _from_entry = from.enter(token)?;
-        let _to_entry = to.enter(token)?;
+    /// Copies `len` bytes from one place to another; returns how many.
+    fn chunk(&self, from: &Span, to: &Span, len: u64) -> Result<u64, Fault> {
+        let _from_entry = from.enter(self.token)?;
+        let _to_entry = to.enter(self.token)?;
         match (&from.owner, &to.owner) {
-            (Owner::Ram(_), Owner::Ram(_)) => return self.bounce(from, to, len),
+            (Owner::Ram(dma), Owner::Ram(_)) => {
+                let copied = dma.copy(from.address, to.address, len);
+                copied.map_err(|error| dma_fault(error, from.address))?;
+            }
             (Owner::Hbm(partition, offset), _) => {
                 let slice = partition.store().slice(*offset, len);
                 let slice = slice.map_err(|_| from.unmapped())?;
@@ -363,29 +390,12 @@ impl Engine {
         Ok(len)
     }
 
-    fn bounce(&mut self, from: &Span, to: &Span, len: u64) -> Result<u64, Fault> {
-        self.bounce.resize(BOUNCE, 0);
-        let len = len.min(BOUNCE as u64);
-        let bounce = &mut self.bounce;
-        from.pieces(len, DmaAccess::Read, &mut |at, piece| {
-            let buffer = bounce.get_mut(at..).unwrap_or_default();
-            // Fewer bytes than the piece has cannot be: the port gives `len` bytes in all.
-            let _count = piece.read(buffer, 0);
-        })?;
-        to.pieces(len, DmaAccess::Write, &mut |at, piece| {
-            let buffer = bounce.get(at..).unwrap_or_default();
-            let _count = piece.write(buffer, 0);
-        })?;
-        Ok(len)
-    }
-
     /// Fills `len` bytes with a pattern that starts at `destination`.
     ///
     /// # Errors
     /// [`Stop`]; the fill is then incomplete.
     pub fn fill(
-        &mut self,
-        reach: &Reach,
+        &self,
         leave: Leave<'_>,
         destination: u64,
         pattern: [u8; 4],
@@ -393,7 +403,7 @@ impl Engine {
     ) -> Result<(), Stop> {
         end(destination, len)?;
         if len > CHUNK {
-            reach.check(destination, len)?;
+            self.check(destination, len)?;
         }
         let mut block = [0; 4096];
         for (to, from) in block.iter_mut().zip(pattern.iter().cycle()) {
@@ -402,8 +412,8 @@ impl Engine {
         let mut done = 0;
         while done < len {
             leave.check()?;
-            let span = reach.span(destination + done, CHUNK.min(len - done))?;
-            let _entry = span.enter(reach.token)?;
+            let span = self.span(destination + done, CHUNK.min(len - done))?;
+            let _entry = span.enter(self.token)?;
             span.pieces(span.len, DmaAccess::Write, &mut |at, piece| {
                 let mut filled = 0;
                 while filled < piece.len() {

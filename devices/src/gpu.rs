@@ -314,6 +314,7 @@ impl Gpu {
                 fabric: Arc::clone(&self.fabric),
                 dma: attachment.as_ref().map(|a| Arc::clone(&a.dma)),
                 dma_allowed: Arc::clone(&self.dma_allowed),
+                clock: Arc::clone(&self.config.clock),
             },
         }
     }

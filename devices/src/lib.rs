@@ -10,7 +10,7 @@
 //! | [`config_space`], [`registers`] | checked tables for configuration space and BARs; any access becomes whole registers |
 //! | [`boot`], [`clock`], [`irq`] | handshake, time, interrupt causes |
 //! | [`ownership`], [`partition`], [`coherence`], [`scrub`] | who owns HBM, who may touch it now, whether the VMM really maps it |
-//! | [`queue`], `worker`, `ring`, [`packet`], [`engine`] | doorbells and states; workers; reading ahead; decoding; moving bytes |
+//! | [`queue`], `worker`, `ring`, [`packet`], [`engine`], [`atomic`] | doorbells and states; workers; reading ahead; decoding; moving bytes; atomic operations |
 //! | [`aperture`] | the BAR through which CPUs reach HBM that is no memory of the machine |
 //! | [`fabric`] | peers of a hive and the links to them |
 //! | [`memory`] | HBM in the memory of this process |
@@ -19,7 +19,7 @@
 //! wait for no copy; engines touch only what the queue's token owns at that moment; after a reset or a detach no
 //! worker touches memory.
 //!
-//! Not implemented yet: the packets ATOMIC, POLL and TIMESTAMP; modelled and paced timing; fault injection
+//! Not implemented yet: modelled and paced timing; fault injection
 //! other than boot faults and links that go down; resizable BARs.
 
 #![forbid(unsafe_code)]
@@ -27,6 +27,7 @@
 pub use numagpu_spec as spec;
 
 pub mod aperture;
+pub mod atomic;
 pub mod boot;
 pub mod bus;
 pub mod clock;

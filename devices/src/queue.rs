@@ -8,6 +8,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crossbeam::channel::{Sender, bounded};
 use numagpu_spec::pci;
@@ -56,6 +57,8 @@ pub struct QueueStatus {
 pub(crate) struct Run {
     epoch: u64,
     pub(crate) setup: Setup,
+    /// Added to the device's clock, wrapping, it is the queue's local time. Only the worker uses it.
+    pub(crate) time_offset: AtomicU64,
 }
 
 impl Run {
@@ -101,6 +104,8 @@ pub(crate) struct Shared {
     // Volatile state.
     control: Mutex<Control>,
     left: Condvar,
+    /// An epoch ended: nobody pauses any longer.
+    ended: Condvar,
     /// Ends the work of every worker that began with another value.
     epoch: AtomicU64,
     shown: Shown,
@@ -130,6 +135,7 @@ impl Queue {
                     active: false,
                 }),
                 left: Condvar::new(),
+                ended: Condvar::new(),
                 epoch: AtomicU64::new(0),
                 shown: Shown::default(),
                 log: LogLimit::default(),
@@ -162,7 +168,11 @@ impl Queue {
             && base.is_multiple_of(u64::from(RING_MIN))
             && base.checked_add(u64::from(size)).is_some();
         let epoch = shared.next_epoch();
-        control.run = Some(Arc::new(Run { epoch, setup }));
+        control.run = Some(Arc::new(Run {
+            epoch,
+            setup,
+            time_offset: AtomicU64::new(0),
+        }));
         if fits && started {
             shared.show_state(QueueState::Idle);
             return true;
@@ -323,8 +333,9 @@ impl Shared {
         self.shown.fault_packet.store(0, Ordering::Release);
     }
 
-    /// Ends the epoch; gives the next one.
+    /// Ends the epoch; gives the next one. The caller holds `control`.
     fn next_epoch(&self) -> u64 {
+        self.ended.notify_all();
         self.epoch.fetch_add(1, Ordering::SeqCst).wrapping_add(1)
     }
 
@@ -399,6 +410,15 @@ impl Shared {
         self.shown.bytes.fetch_add(moved, Ordering::AcqRel);
         self.shown.rptr.fetch_add(bytes, Ordering::AcqRel);
         Ok(())
+    }
+
+    /// Lets `time` pass, or less if the run ends: a stop does not wait for it.
+    pub(crate) fn pause(&self, run: &Run, time: Duration) -> Result<(), Stop> {
+        let control = self.lock();
+        run.leave(self).check()?;
+        let waited = self.ended.wait_timeout(control, time);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        run.leave(self).check()
     }
 
     /// Raises the queue's interrupt.

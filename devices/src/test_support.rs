@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use vm_memory::VolatileSlice;
+use vm_memory::{Bytes as _, VolatileSlice};
 
 use crate::bus::{
     Attachment, BackingId, DmaAccess, DmaError, DmaPort, HbmStore, InterruptSink, Mapped,
@@ -99,24 +99,8 @@ impl RecordingDma {
         self.resumed.notify_all();
     }
 
-    /// Every access so far, in order.
-    pub fn accesses(&self) -> Vec<Access> {
-        lock(&self.accesses).clone()
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl DmaPort for RecordingDma {
-    fn access(
-        &self,
-        address: u64,
-        len: u64,
-        access: DmaAccess,
-        f: &mut dyn FnMut(VolatileSlice<'_>),
-    ) -> Result<(), DmaError> {
+    /// Writes an access down, and waits while it is to be stalled.
+    fn record(&self, address: u64, len: u64, access: DmaAccess) {
         lock(&self.accesses).push(Access {
             address,
             len,
@@ -129,25 +113,78 @@ impl DmaPort for RecordingDma {
                 .wait(stalled)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        drop(stalled);
-        let unmapped = DmaError::Unmapped { address, len };
-        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
-        let end = address.checked_add(len).ok_or(unmapped)?;
-        let mut pieces = Vec::new();
-        let mut position = address;
-        while position < end {
-            let covers = |m: &&Mapping| (m.address..m.address + m.size).contains(&position);
-            let mapping = mappings.iter().find(covers).ok_or(unmapped)?;
-            if access == DmaAccess::Write && !mapping.writable {
-                return Err(DmaError::ReadOnly { address: position });
-            }
-            let inside = position - mapping.address;
-            let count = (end - position).min(mapping.size - inside);
-            let slice = mapping.store.slice(mapping.offset + inside, count);
-            pieces.push(slice.map_err(|_| unmapped)?);
-            position += count;
+    }
+
+    /// Every access so far, in order; a copy is two.
+    pub fn accesses(&self) -> Vec<Access> {
+        lock(&self.accesses).clone()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The memory of `len` bytes from `address`, in order.
+fn pieces(
+    mappings: &[Mapping],
+    address: u64,
+    len: u64,
+    access: DmaAccess,
+) -> Result<Vec<VolatileSlice<'_>>, DmaError> {
+    let unmapped = DmaError::Unmapped { address, len };
+    let end = address.checked_add(len).ok_or(unmapped)?;
+    let mut pieces = Vec::new();
+    let mut position = address;
+    while position < end {
+        let covers = |m: &&Mapping| (m.address..m.address + m.size).contains(&position);
+        let mapping = mappings.iter().find(covers).ok_or(unmapped)?;
+        if access == DmaAccess::Write && !mapping.writable {
+            return Err(DmaError::ReadOnly { address: position });
         }
+        let inside = position - mapping.address;
+        let count = (end - position).min(mapping.size - inside);
+        let slice = mapping.store.slice(mapping.offset + inside, count);
+        pieces.push(slice.map_err(|_| unmapped)?);
+        position += count;
+    }
+    Ok(pieces)
+}
+
+impl DmaPort for RecordingDma {
+    fn access(
+        &self,
+        address: u64,
+        len: u64,
+        access: DmaAccess,
+        f: &mut dyn FnMut(VolatileSlice<'_>),
+    ) -> Result<(), DmaError> {
+        self.record(address, len, access);
+        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let pieces = pieces(&mappings, address, len, access)?;
         pieces.into_iter().for_each(f);
+        Ok(())
+    }
+
+    fn copy(&self, source: u64, destination: u64, len: u64) -> Result<(), DmaError> {
+        self.record(source, len, DmaAccess::Read);
+        self.record(destination, len, DmaAccess::Write);
+        let mappings = self.mappings.read().unwrap_or_else(PoisonError::into_inner);
+        let from = pieces(&mappings, source, len, DmaAccess::Read)?;
+        let to = pieces(&mappings, destination, len, DmaAccess::Write)?;
+        let mut data = Vec::new();
+        for piece in from {
+            let start = data.len();
+            data.resize(start + piece.len(), 0);
+            // The buffer has just the piece's length.
+            let _all = piece.read(data.get_mut(start..).unwrap_or_default(), 0);
+        }
+        let mut rest = data.as_slice();
+        for piece in to {
+            let (part, after) = rest.split_at_checked(piece.len()).unwrap_or_default();
+            let _all = piece.write(part, 0);
+            rest = after;
+        }
         Ok(())
     }
 

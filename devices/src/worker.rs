@@ -3,11 +3,15 @@
 //! Every packet is a [`Permit`] from the moment it is decoded: it is completed or given up, with a fault or
 //! because the queue was stopped.
 
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
 use crossbeam::channel::Receiver;
 use numagpu_spec::regs::QueueFault;
 use numagpu_spec::sdma;
 
-use crate::engine::{Engine, Fault, Stop};
+use crate::atomic::{Outcome, holds};
+use crate::engine::{Fault, Stop};
 use crate::packet::{Operation, Packet, decode};
 use crate::queue::{Run, Shared};
 use crate::ring::Ring;
@@ -66,7 +70,6 @@ impl Drop for Permit<'_> {
 
 /// The worker: waits for kicks until the queue is dropped.
 pub(crate) fn work(shared: &Shared, kicked: &Receiver<()>) {
-    let mut engine = Engine::default();
     let mut ring = Ring::default();
     for () in kicked {
         // Dropped in reverse order: nothing of the run is held when the worker says that it has left.
@@ -74,7 +77,7 @@ pub(crate) fn work(shared: &Shared, kicked: &Receiver<()>) {
             continue;
         };
         ring.clear();
-        let stop = drain(shared, &run, &mut engine, &mut ring);
+        let stop = drain(shared, &run, &mut ring);
         if let Err(Stop::Fault(fault)) = stop {
             // Where even this fails, the fault that is reported says more.
             let _second = write_back(shared, &run);
@@ -84,7 +87,7 @@ pub(crate) fn work(shared: &Shared, kicked: &Receiver<()>) {
 }
 
 /// Works off the ring until it is empty.
-fn drain(shared: &Shared, run: &Run, engine: &mut Engine, ring: &mut Ring) -> Result<(), Stop> {
+fn drain(shared: &Shared, run: &Run, ring: &mut Ring) -> Result<(), Stop> {
     let mut unwritten = 0;
     loop {
         run.leave(shared).check()?;
@@ -106,7 +109,7 @@ fn drain(shared: &Shared, run: &Run, engine: &mut Engine, ring: &mut Ring) -> Re
             }
         })?;
         let permit = Permit::new(shared, run, packet);
-        let permit = execute(permit, engine, rptr)?;
+        let permit = execute(permit, rptr)?;
         permit.complete()?;
         unwritten += 1;
         if packet.operation == Operation::Trap {
@@ -123,7 +126,7 @@ fn drain(shared: &Shared, run: &Run, engine: &mut Engine, ring: &mut Ring) -> Re
 }
 
 /// Does what a packet asks for, except for raising a trap's interrupt.
-fn execute<'q>(mut permit: Permit<'q>, engine: &mut Engine, rptr: u64) -> Result<Permit<'q>, Stop> {
+fn execute<'q>(mut permit: Permit<'q>, rptr: u64) -> Result<Permit<'q>, Stop> {
     let run = permit.run;
     let reach = &run.setup.reach;
     let leave = run.leave(permit.shared);
@@ -133,7 +136,7 @@ fn execute<'q>(mut permit: Permit<'q>, engine: &mut Engine, rptr: u64) -> Result
             source,
             destination,
             bytes,
-        } => (engine.copy(reach, leave, source, destination, bytes), bytes),
+        } => (reach.copy(leave, source, destination, bytes), bytes),
         Operation::Write { destination, bytes } => {
             let start = rptr.saturating_add(4 * sdma::WRITE_LINEAR_HEADER_WORDS as u64);
             let mut done = 0;
@@ -144,7 +147,7 @@ fn execute<'q>(mut permit: Permit<'q>, engine: &mut Engine, rptr: u64) -> Result
                 let size = u64::from(run.setup.ring_size).max(1);
                 let piece = (size - position % size).min(bytes - done);
                 result = match destination.checked_add(done) {
-                    Some(to) => engine.copy(reach, leave, run.ring_address(position), to, piece),
+                    Some(to) => reach.copy(leave, run.ring_address(position), to, piece),
                     None => Err(Stop::Fault(Fault {
                         code: QueueFault::BadField,
                         address: destination,
@@ -158,12 +161,24 @@ fn execute<'q>(mut permit: Permit<'q>, engine: &mut Engine, rptr: u64) -> Result
             destination,
             pattern,
             bytes,
-        } => (
-            engine.fill(reach, leave, destination, pattern, bytes),
-            bytes,
-        ),
+        } => (reach.fill(leave, destination, pattern, bytes), bytes),
         Operation::Fence { address, value } => {
             (reach.store32(address, value).map_err(Stop::from), 4)
+        }
+        Operation::Poll { .. } => (poll(&permit), 0),
+        Operation::Atomic { atomic, .. } => (change(&permit), atomic.bytes()),
+        Operation::SetTime { ns } => {
+            let offset = ns.wrapping_sub(reach.clock.now_ns());
+            run.time_offset.store(offset, Ordering::Relaxed);
+            (Ok(()), 0)
+        }
+        Operation::GetTime { address, global } => {
+            let offset = match global {
+                true => 0,
+                false => run.time_offset.load(Ordering::Relaxed),
+            };
+            let now = reach.clock.now_ns().wrapping_add(offset);
+            (reach.store64(address, now).map_err(Stop::from), 8)
         }
     };
     match done {
@@ -172,6 +187,69 @@ fn execute<'q>(mut permit: Permit<'q>, engine: &mut Engine, rptr: u64) -> Result
             Ok(permit)
         }
         Err(stop) => Err(permit.give_up(stop)),
+    }
+}
+
+/// Tries until a poll's comparison holds; gives the core up between tries.
+fn poll(permit: &Permit<'_>) -> Result<(), Stop> {
+    let Operation::Poll {
+        address,
+        function,
+        reference,
+        mask,
+        retries,
+        interval,
+    } = permit.packet.operation
+    else {
+        return Ok(());
+    };
+    let mut tries = 0;
+    while !holds(
+        function,
+        permit.run.setup.reach.load32(address)? & mask,
+        reference,
+    ) {
+        if retries.is_some_and(|retries| tries >= retries) {
+            let code = QueueFault::PollTimeout;
+            return Err(Stop::Fault(Fault { code, address }));
+        }
+        if tries == 0 {
+            // Who is to change the word may wait for what came before.
+            write_back(permit.shared, permit.run)?;
+        }
+        tries = tries.saturating_add(1);
+        let interval = Duration::from_micros(u64::from(interval).max(1));
+        permit.shared.pause(permit.run, interval)?;
+    }
+    Ok(())
+}
+
+/// Does an atomic operation, again until its comparison holds if it is so asked.
+fn change(permit: &Permit<'_>) -> Result<(), Stop> {
+    let Operation::Atomic {
+        address,
+        atomic,
+        until,
+    } = permit.packet.operation
+    else {
+        return Ok(());
+    };
+    let mut waited = false;
+    loop {
+        permit.run.leave(permit.shared).check()?;
+        let outcome = permit.run.setup.reach.atomic(address, &atomic)?;
+        match (outcome, until) {
+            (Outcome::Lost, _) => std::thread::yield_now(),
+            (Outcome::Differs, Some(interval)) => {
+                if !waited {
+                    write_back(permit.shared, permit.run)?;
+                    waited = true;
+                }
+                let interval = Duration::from_micros(u64::from(interval).max(1));
+                permit.shared.pause(permit.run, interval)?;
+            }
+            (Outcome::Done, _) | (Outcome::Differs, None) => return Ok(()),
+        }
     }
 }
 

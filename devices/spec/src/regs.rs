@@ -19,7 +19,7 @@ pub const MAX_LINKS: u32 = 32;
 /// Value of `IDENTITY.MAGIC`: `NGPU` in ASCII, little-endian.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"NGPU");
 /// Value of `IDENTITY.VERSION`: major in the upper half, minor in the lower. A driver refuses another major.
-pub const VERSION: u32 = 0x0001_0001;
+pub const VERSION: u32 = 0x0001_0002;
 
 /// `IDENTITY`: what the device is.
 pub mod identity {
@@ -593,5 +593,7 @@ codes! {
         LinkDown = 9,
         /// The ring ends in the middle of a packet.
         Truncated = 10,
+        /// A poll used up its retries.
+        PollTimeout = 11,
     }
 }

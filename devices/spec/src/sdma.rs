@@ -13,6 +13,12 @@ pub const OP_WRITE: u8 = 2;
 pub const OP_FENCE: u8 = 5;
 /// Interrupt.
 pub const OP_TRAP: u8 = 6;
+/// Wait until a word of memory compares with a reference as asked.
+pub const OP_POLL_REGMEM: u8 = 8;
+/// Atomic operation on a word of memory, one of [`AtomicOp`].
+pub const OP_ATOMIC: u8 = 10;
+/// Device time; sub-opcode one of the `SUBOP_TIMESTAMP`s.
+pub const OP_TIMESTAMP: u8 = 13;
 /// Fill with a constant.
 pub const OP_CONST_FILL: u8 = 11;
 
@@ -20,6 +26,13 @@ pub const OP_CONST_FILL: u8 = 11;
 pub const SUBOP_COPY_LINEAR: u8 = 0;
 /// Linear write.
 pub const SUBOP_WRITE_LINEAR: u8 = 0;
+
+/// Sets the queue's local time.
+pub const SUBOP_TIMESTAMP_SET: u8 = 0;
+/// Stores the queue's local time: the device clock, moved by the last set since the queue was enabled.
+pub const SUBOP_TIMESTAMP_GET: u8 = 1;
+/// Stores the device clock, as `CLOCK.NS` has it.
+pub const SUBOP_TIMESTAMP_GET_GLOBAL: u8 = 2;
 
 /// Words of a linear copy: header, bytes - 1, parameter, source low/high, destination low/high.
 pub const COPY_LINEAR_WORDS: usize = 7;
@@ -31,6 +44,118 @@ pub const FENCE_WORDS: usize = 4;
 pub const TRAP_WORDS: usize = 2;
 /// Words of a constant fill: header, destination low/high, value, bytes - 1.
 pub const CONST_FILL_WORDS: usize = 5;
+/// Words of a poll: header, address low/high, reference, mask, retries << 16 | interval.
+pub const POLL_REGMEM_WORDS: usize = 6;
+/// Words of an atomic: header, address low/high, operand low/high, comparand low/high, loop interval.
+pub const ATOMIC_WORDS: usize = 8;
+/// Words of a timestamp: header, then low/high of the address, or for a set of the new time in ns.
+pub const TIMESTAMP_WORDS: usize = 3;
+
+/// Header bit of a poll that polls memory; without it a register is meant, which this device does not have.
+pub const POLL_MEMORY: u32 = 1 << 31;
+/// Position of the comparison in a poll's header (30:28), one of [`PollFunction`].
+pub const POLL_FUNCTION_SHIFT: u32 = 28;
+/// Bits of a poll's interval (15:0). The encoding publishes no unit; this device counts microseconds.
+pub const POLL_INTERVAL_MASK: u32 = 0xffff;
+/// Position of a poll's retries (27:16): tries after the first.
+pub const POLL_RETRIES_SHIFT: u32 = 16;
+/// Bits of a poll's retries, and the value that stands for no end of them, as user-mode drivers use it.
+pub const POLL_RETRIES_MASK: u32 = 0xfff;
+/// Header bit of an atomic that is tried again until its comparison holds; for compare-and-swap only.
+pub const ATOMIC_LOOP: u32 = 1 << 16;
+/// Position of the operation in an atomic's header (31:25).
+pub const ATOMIC_OP_SHIFT: u32 = 25;
+/// Bit of the operation that makes it work on 64 bits.
+pub const ATOMIC_WIDE: u8 = 0x20;
+/// Bit of the operation that asks for no return value. The copy queue returns none either way.
+pub const ATOMIC_NO_RETURN: u8 = 0x40;
+/// Bits of an atomic's loop interval (12:0), in microseconds as [`POLL_INTERVAL_MASK`].
+pub const ATOMIC_INTERVAL_MASK: u32 = 0x1fff;
+
+/// How a poll compares memory, after the mask, with its reference; both unsigned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum PollFunction {
+    /// Holds whatever the memory has.
+    Always = 0,
+    /// Less.
+    Less = 1,
+    /// Less or equal.
+    LessEqual = 2,
+    /// Equal.
+    Equal = 3,
+    /// Not equal.
+    NotEqual = 4,
+    /// Greater or equal.
+    GreaterEqual = 5,
+    /// Greater.
+    Greater = 6,
+}
+
+impl PollFunction {
+    /// Every function, in the order of their codes.
+    pub const ALL: [PollFunction; 7] = [
+        PollFunction::Always,
+        PollFunction::Less,
+        PollFunction::LessEqual,
+        PollFunction::Equal,
+        PollFunction::NotEqual,
+        PollFunction::GreaterEqual,
+        PollFunction::Greater,
+    ];
+}
+
+/// Operations of an atomic, without [`ATOMIC_WIDE`] and [`ATOMIC_NO_RETURN`]. Source: the `TC_OP` codes of AMD's
+/// published Gfx9 command headers; increment and decrement as in the Vega instruction set manual.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum AtomicOp {
+    /// Stores the operand.
+    Swap = 0x07,
+    /// Stores the operand if memory has the comparand.
+    CompareSwap = 0x08,
+    /// Adds, wrapping.
+    Add = 0x0f,
+    /// Subtracts, wrapping.
+    Sub = 0x10,
+    /// Signed minimum.
+    MinSigned = 0x11,
+    /// Unsigned minimum.
+    MinUnsigned = 0x12,
+    /// Signed maximum.
+    MaxSigned = 0x13,
+    /// Unsigned maximum.
+    MaxUnsigned = 0x14,
+    /// Bitwise and.
+    And = 0x15,
+    /// Bitwise or.
+    Or = 0x16,
+    /// Bitwise exclusive or.
+    Xor = 0x17,
+    /// Adds one; zero where memory has the operand or more.
+    Increment = 0x18,
+    /// Subtracts one; the operand where memory has zero or more than the operand.
+    Decrement = 0x19,
+}
+
+impl AtomicOp {
+    /// Every operation, in the order of their codes.
+    pub const ALL: [AtomicOp; 13] = [
+        AtomicOp::Swap,
+        AtomicOp::CompareSwap,
+        AtomicOp::Add,
+        AtomicOp::Sub,
+        AtomicOp::MinSigned,
+        AtomicOp::MinUnsigned,
+        AtomicOp::MaxSigned,
+        AtomicOp::MaxUnsigned,
+        AtomicOp::And,
+        AtomicOp::Or,
+        AtomicOp::Xor,
+        AtomicOp::Increment,
+        AtomicOp::Decrement,
+    ];
+}
 
 /// Bits of the byte count of a copy and a fill (SDMA 4.x: 21:0).
 pub const COUNT_MASK: u32 = 0x003f_ffff;
@@ -92,5 +217,70 @@ pub const fn const_fill(destination: u64, value: u32, bytes: u64) -> [u32; CONST
         hi(destination),
         value,
         count,
+    ]
+}
+
+/// A poll of the word at `address`, a multiple of 4, under a mask: `retries` after the first try, cut to
+/// [`POLL_RETRIES_MASK`], every `interval` microseconds.
+pub const fn poll_memory(
+    address: u64,
+    function: PollFunction,
+    reference: u32,
+    mask: u32,
+    retries: u32,
+    interval: u16,
+) -> [u32; POLL_REGMEM_WORDS] {
+    [
+        OP_POLL_REGMEM as u32 | (function as u32) << POLL_FUNCTION_SHIFT | POLL_MEMORY,
+        lo(address),
+        hi(address),
+        reference,
+        mask,
+        (retries & POLL_RETRIES_MASK) << POLL_RETRIES_SHIFT | interval as u32,
+    ]
+}
+
+/// An atomic operation on 4 bytes at `address`, or on 8 if `wide`; a multiple of that many. Narrow ones use the low
+/// halves of operand and comparand.
+pub const fn atomic(
+    address: u64,
+    op: AtomicOp,
+    wide: bool,
+    operand: u64,
+    comparand: u64,
+) -> [u32; ATOMIC_WORDS] {
+    let code = op as u32 | if wide { ATOMIC_WIDE as u32 } else { 0 };
+    [
+        OP_ATOMIC as u32 | code << ATOMIC_OP_SHIFT,
+        lo(address),
+        hi(address),
+        lo(operand),
+        hi(operand),
+        lo(comparand),
+        hi(comparand),
+        0,
+    ]
+}
+
+/// Sets the queue's local time to `ns` nanoseconds.
+pub const fn timestamp_set(ns: u64) -> [u32; TIMESTAMP_WORDS] {
+    timestamp(SUBOP_TIMESTAMP_SET, ns)
+}
+
+/// Stores the queue's local time, in nanoseconds, in the 8 bytes at `address`, a multiple of 8.
+pub const fn timestamp_get(address: u64) -> [u32; TIMESTAMP_WORDS] {
+    timestamp(SUBOP_TIMESTAMP_GET, address)
+}
+
+/// Stores the device clock, in nanoseconds, in the 8 bytes at `address`, a multiple of 8.
+pub const fn timestamp_get_global(address: u64) -> [u32; TIMESTAMP_WORDS] {
+    timestamp(SUBOP_TIMESTAMP_GET_GLOBAL, address)
+}
+
+const fn timestamp(sub: u8, value: u64) -> [u32; TIMESTAMP_WORDS] {
+    [
+        OP_TIMESTAMP as u32 | (sub as u32) << 8,
+        lo(value),
+        hi(value),
     ]
 }

@@ -41,7 +41,7 @@ const PACKET: u64 = RING + 8;
 #[test]
 fn unknown_opcodes() {
     for header in [
-        3, 4, 7, 8, 9, 10, 12, 13, 0xff, 0x0101, 0x0102, 0x0105, 0x010b,
+        3, 4, 7, 9, 12, 14, 0xff, 0x0101, 0x0102, 0x0105, 0x010b, 0x0108, 0x010a, 0x030d,
     ] {
         expect(
             &[header, 0, 0, 0, 0, 0, 0, 0],

@@ -73,6 +73,11 @@ fn packet() -> impl Strategy<Value = Vec<u32>> {
         2 => (target(), any::<u32>(), count()).prop_map(|(d, v, n)| sdma::const_fill(d, v, n).to_vec()),
         2 => (target(), any::<u32>()).prop_map(|(a, v)| sdma::fence(a & !3, v).to_vec()),
         1 => any::<u32>().prop_map(|c| sdma::trap(c).to_vec()),
+        2 => (target(), 0usize..7, any::<u32>(), 0u32..4)
+            .prop_map(|(a, f, v, n)| sdma::poll_memory(a & !3, sdma::PollFunction::ALL[f], v, v, n, 1).to_vec()),
+        2 => (target(), 0usize..13, any::<bool>(), any::<u64>())
+            .prop_map(|(a, op, w, v)| sdma::atomic(a & !7, sdma::AtomicOp::ALL[op], w, v, 0).to_vec()),
+        1 => target().prop_map(|a| sdma::timestamp_get_global(a & !7).to_vec()),
         1 => (target(), prop::collection::vec(any::<u32>(), 1..40)).prop_map(|(d, w)| write_linear(d & !3, &w)),
         1 => prop::collection::vec(any::<u32>(), 1..8),
     ]

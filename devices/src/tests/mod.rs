@@ -11,6 +11,7 @@ mod faults;
 mod fuzz;
 mod lifecycle;
 mod ownership;
+mod packets;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

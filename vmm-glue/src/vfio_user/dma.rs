@@ -500,6 +500,53 @@ impl DmaPort for DmaTable {
         Ok(())
     }
 
+    fn copy(&self, source: u64, destination: u64, len: u64) -> Result<(), DmaError> {
+        let Some(more) = len.checked_sub(1) else {
+            return Ok(());
+        };
+        let range = |address: u64, access| {
+            let unmapped = DmaError::Unmapped { address, len };
+            let last = address.checked_add(more).ok_or(unmapped)?;
+            self.pieces(address, last, access)
+        };
+        let (from, more_from) = range(source, DmaAccess::Read)?;
+        let (to, more_to) = range(destination, DmaAccess::Write)?;
+        let mut from = std::iter::once(&from).chain(&more_from).peekable();
+        let mut to = std::iter::once(&to).chain(&more_to).peekable();
+        let mut parts = Vec::with_capacity(1);
+        let mut done = 0;
+        while let (Some(Some(read)), Some(Some(write))) = (
+            from.peek().map(|piece| piece.map.as_deref()),
+            to.peek().map(|piece| piece.map.as_deref()),
+        ) {
+            let (read_at, write_at) = (source + done, destination + done);
+            let (read_left, write_left) = (read.last() - read_at, write.last() - write_at);
+            // Of this part, less one: 2^64 bytes do not fit.
+            let part = read_left.min(write_left).min(more - done);
+            let slices = (
+                read.slice(read_at, part + 1),
+                write.slice(write_at, part + 1),
+            );
+            parts.push(slices);
+            if part == more - done {
+                break;
+            }
+            done += part + 1;
+            from.next_if(|_| part == read_left);
+            to.next_if(|_| part == write_left);
+        }
+        // A part that lies in the other range is read before it is written.
+        if source < destination {
+            parts.reverse();
+        }
+        for part in parts {
+            if let (Some(read), Some(write)) = part {
+                read.copy_to_volatile_slice(write);
+            }
+        }
+        Ok(())
+    }
+
     fn mapped(&self, address: u64, len: u64) -> Mapped {
         let Some(last) = len
             .checked_sub(1)

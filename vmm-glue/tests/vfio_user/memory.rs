@@ -64,6 +64,69 @@ fn maps_are_checked_against_each_other_and_their_file() {
 }
 
 #[test]
+fn copies_go_from_map_to_map_as_memmove_does() {
+    const SIZE: usize = 0x3000;
+    let served = serve();
+    let mut raw = Raw::ready(&served.path());
+    let ram = memfd(0x4000);
+    let fds = [ram.as_fd()];
+    // Neighbours in another order than in the file, and one that is read-only.
+    for (flags, offset, address) in [
+        (3, 0x2000, 0x1000),
+        (3, 0, 0x2000),
+        (3, 0x1000, 0x3000),
+        (1, 0x3000, 0x4000),
+    ] {
+        let body = map_body(flags, offset, address, 0x1000);
+        assert_eq!(raw.errno(DMA_MAP, &body, &fds), 0);
+    }
+    let dma = served.probe.attachment().dma;
+    let mut model: Vec<u8> = (0..SIZE)
+        .map(|i| ((i * 7 + i / 251) % 256).try_into().unwrap())
+        .collect();
+    let mut at = 0;
+    dma.access(0x1000, SIZE as u64, DmaAccess::Write, &mut |slice| {
+        slice.write_slice(&model[at..at + slice.len()], 0).unwrap();
+        at += slice.len();
+    })
+    .unwrap();
+    let cases = [
+        (0, 0x1000, 0x1000),
+        (0xff1, 0x1003, 0x1fed),
+        (0x1003, 0xff1, 0x1fed),
+        (1, 0, SIZE - 1),
+        (0, 1, SIZE - 1),
+        (0x800, 0, 0x1900),
+        (0, 0x700, 0x2801),
+        (5, 5, 100),
+        (0x2fff, 0, 1),
+    ];
+    for (source, destination, len) in cases {
+        let (from, to) = (0x1000 + source as u64, 0x1000 + destination as u64);
+        dma.copy(from, to, len as u64).unwrap();
+        model.copy_within(source..source + len, destination);
+        let mut seen = Vec::new();
+        dma.access(0x1000, SIZE as u64, DmaAccess::Read, &mut |slice| {
+            let start = seen.len();
+            seen.resize(start + slice.len(), 0);
+            slice.read_slice(&mut seen[start..], 0).unwrap();
+        })
+        .unwrap();
+        let wrong = seen.iter().zip(&model).position(|(a, b)| a != b);
+        assert_eq!(wrong, None, "{source:#x} to {destination:#x}, {len:#x}");
+    }
+    let refused = |source, destination, len| dma.copy(source, destination, len).unwrap_err();
+    let unmapped = |address, len| DmaError::Unmapped { address, len };
+    assert_eq!(refused(0xff0, 0x2000, 0x20), unmapped(0xff0, 0x20));
+    assert_eq!(refused(0x1000, 0x5000, 8), unmapped(0x5000, 8));
+    assert_eq!(refused(0x1000, u64::MAX, 2), unmapped(u64::MAX, 2));
+    let read_only = DmaError::ReadOnly { address: 0x3ff8 };
+    assert_eq!(refused(0x1000, 0x3ff8, 16), read_only);
+    dma.copy(0x4000, 0x1000, 0x1000).unwrap();
+    dma.copy(0x9000, 0x9000, 0).unwrap();
+}
+
+#[test]
 fn accesses_go_through_adjacent_maps_and_nowhere_else() {
     let served = serve();
     let mut raw = Raw::ready(&served.path());

@@ -275,6 +275,18 @@ fn packet_section(comments: &Comments) -> Result<String> {
             Some(("TRAP_WORDS", sdma::TRAP_WORDS)),
         ),
         (
+            "OP_POLL_REGMEM",
+            sdma::OP_POLL_REGMEM,
+            0,
+            Some(("POLL_REGMEM_WORDS", sdma::POLL_REGMEM_WORDS)),
+        ),
+        (
+            "OP_ATOMIC",
+            sdma::OP_ATOMIC,
+            0,
+            Some(("ATOMIC_WORDS", sdma::ATOMIC_WORDS)),
+        ),
+        (
             "OP_CONST_FILL",
             sdma::OP_CONST_FILL,
             0,
@@ -300,7 +312,32 @@ fn packet_section(comments: &Comments) -> Result<String> {
             format!("{}.", what.trim_end_matches('.')),
         ]);
     }
+    for (name, sub) in [
+        ("SUBOP_TIMESTAMP_SET", sdma::SUBOP_TIMESTAMP_SET),
+        ("SUBOP_TIMESTAMP_GET", sdma::SUBOP_TIMESTAMP_GET),
+        (
+            "SUBOP_TIMESTAMP_GET_GLOBAL",
+            sdma::SUBOP_TIMESTAMP_GET_GLOBAL,
+        ),
+    ] {
+        let layout = comments.on("TIMESTAMP_WORDS")?;
+        let layout = layout
+            .rsplit_once(": ")
+            .map_or(layout, |(_, layout)| layout);
+        rows.push([
+            format!("`{}`", name.trim_start_matches("SUBOP_")),
+            sdma::OP_TIMESTAMP.to_string(),
+            sub.to_string(),
+            sdma::TIMESTAMP_WORDS.to_string(),
+            layout.trim_end_matches('.').to_owned(),
+            comments.on(name)?.to_owned(),
+        ]);
+    }
     let head = ["packet", "opcode", "sub-op", "words", "layout", "what"];
+    let functions = sdma::PollFunction::ALL.map(|f| (f as u32, format!("{f:?}")));
+    let functions = named_codes("PollFunction", &functions, comments)?;
+    let operations = sdma::AtomicOp::ALL.map(|op| (op as u32, format!("{op:?}")));
+    let operations = named_codes("AtomicOp", &operations, comments)?;
     Ok(format!(
         "\n## Packets\n\n\
          AMD's published SDMA 4.x encoding: little-endian 32-bit words, the first with the opcode in \
@@ -314,10 +351,37 @@ fn packet_section(comments: &Comments) -> Result<String> {
          - Bits 31:30 of a fill's header are 0 for a fill with the value's low byte, 2 for one with \
          the whole word.\n\
          - Source and destination of a copy may overlap: the result is as if all had been read \
-         before any was written.\n",
+         before any was written.\n\
+         - A poll's header has bit 31 set, for memory, and its `PollFunction` in bits 30:28. It tries once and \
+         then as often as bits 27:16 of its last word say, {:#x} for without end, every so many microseconds as \
+         bits 15:0 say; then it is a fault `PollTimeout`.\n\
+         - An atomic's header has its `AtomicOp` in bits 31:25, plus {:#x} for 64 bits and {:#x} for no return \
+         value, which changes nothing. Bit 16 makes a `CompareSwap` try until the comparison holds, every so many \
+         microseconds as bits 12:0 of the last word say. Addresses are multiples of the operation's width.\n\
+         - Timestamps are nanoseconds, in 8 bytes at a multiple of 8.\n{functions}{operations}",
         table(head, &rows),
         sdma::MAX_COPY,
-        sdma::WRITE_LINEAR_HEADER_WORDS
+        sdma::WRITE_LINEAR_HEADER_WORDS,
+        sdma::POLL_RETRIES_MASK,
+        sdma::ATOMIC_WIDE,
+        sdma::ATOMIC_NO_RETURN
+    ))
+}
+
+/// One table of the codes that a packet's field takes.
+fn named_codes(name: &str, codes: &[(u32, String)], comments: &Comments) -> Result<String> {
+    let mut rows = Vec::new();
+    for (code, variant) in codes {
+        rows.push([
+            format!("{code:#04x}"),
+            format!("`{variant}`"),
+            comments.on(&format!("{name}::{variant}"))?.to_owned(),
+        ]);
+    }
+    let title = comments.on(name)?;
+    Ok(format!(
+        "\n### `{name}`\n\n{title}\n\n{}",
+        table(["code", "name", "what"], &rows)
     ))
 }
 
