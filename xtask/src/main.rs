@@ -3,6 +3,7 @@
 mod bench;
 mod demo;
 mod docs;
+mod fuzz;
 mod guest;
 mod lint;
 mod test;
@@ -35,6 +36,8 @@ enum Command {
     Guest(guest::Options),
     /// Run the benchmarks
     Bench(bench::Options),
+    /// Fuzz the GPU model with libFuzzer; needs a C++ compiler
+    Fuzz(fuzz::Options),
     /// Check what no compiler checks: who depends on whom, where unsafe code is, what files hold
     Lint,
     /// Write the generated pages of docs/
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Command::Test(options) => test::run(&options),
         Command::Guest(options) => guest::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Lint => lint::run(),
         Command::Docs(options) => docs::run(&options),
     };

@@ -8,10 +8,11 @@ use serde::Deserialize;
 use super::Finding;
 
 /// Each crate, and the crates of the workspace that it may use.
-const ARROWS: [(&str, &[&str]); 8] = [
+const ARROWS: [(&str, &[&str]); 9] = [
     ("numagpu-topology", &[]),
     ("numagpu-spec", &[]),
     ("numagpu-devices", &["numagpu-spec", "numagpu-topology"]),
+    ("numagpu-devices-fuzz", &["numagpu-devices", "numagpu-spec"]),
     (
         "numagpu-vmm-glue",
         &["numagpu-devices", "numagpu-spec", "numagpu-topology"],
@@ -46,7 +47,12 @@ const ARROWS: [(&str, &[&str]); 8] = [
 ];
 
 /// Crates that hold no unsafe code, by the compiler's word.
-const SAFE: [&str; 3] = ["numagpu-topology", "numagpu-spec", "numagpu-devices"];
+const SAFE: [&str; 4] = [
+    "numagpu-topology",
+    "numagpu-spec",
+    "numagpu-devices",
+    "numagpu-devices-fuzz",
+];
 
 /// How a crate's root says so.
 const FORBID: &str = "#![forbid(unsafe_code)]";

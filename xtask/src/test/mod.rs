@@ -8,13 +8,16 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::workspace::{self, Workspace};
-use crate::{docs, guest, lint};
+use crate::{docs, fuzz, guest, lint};
 use stages::{Outcome, Stages};
 
 /// The kernels that tests boot.
 const KERNELS: [&str; 2] = ["6.12", "newest"];
 /// Those that the long ones boot.
 const LONG_KERNELS: [&str; 3] = ["6.1", "6.12", "newest"];
+
+/// Seconds that each fuzz target gets; longer runs are for `cargo xtask fuzz`.
+const FUZZ_SECONDS: u32 = 10;
 
 /// Stages that say nothing about a few tests picked by name.
 const WHY_NOT: &str = "tests were picked by name; run without a filter for this";
@@ -108,6 +111,13 @@ fn all(
     })?;
     stages.run("generated docs", || {
         unless_picked(&|| docs::check(workspace).map(|()| Outcome::Passed))
+    })?;
+    // After what is sure to be there and finds the same each time.
+    stages.run("fuzz", || {
+        unless_picked(&|| match fuzz::missing() {
+            Some(missing) => Ok(Outcome::Skipped(missing)),
+            None => fuzz::run(&fuzz::Options::short(FUZZ_SECONDS)).map(|()| Outcome::Passed),
+        })
     })
 }
 
