@@ -111,7 +111,7 @@ fn seeds_of_ownership_change_hands() {
     assert_eq!((tally.claims, tally.packets, tally.faults), (2, 2, 1));
     assert_eq!((tally.refusals, tally.scrubs), (2, 1));
     let tally = reached("ownership", "transfer");
-    assert_eq!((tally.refusals, tally.packets), (3, 1));
+    assert_eq!((tally.refusals, tally.packets), (4, 1));
     assert_eq!(reached("ownership", "refusals").refusals, 6);
     let tally = reached("ownership", "peers");
     assert_eq!((tally.packets, tally.faults, tally.resets), (2, 2, 1));

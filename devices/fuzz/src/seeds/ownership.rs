@@ -62,6 +62,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
                     command(0, 0, 3, 3, 4),
                     release(0, 3),
                     fill(0, 0, 4, 0x44),
+                    command(0, 0, 4, 4, 0),
                     A::Command {
                         gpu: 0,
                         partition: 0,
