@@ -205,7 +205,12 @@ impl ConfigSpace {
 
     /// Whether the function may do DMA: bus master on, and not in D3hot.
     pub fn dma_allowed(&self) -> bool {
-        self.byte(COMMAND) & COMMAND_BUS_MASTER != 0 && self.byte(PM_CONTROL) & PM_STATE == PM_D0
+        self.bus_master() && self.byte(PM_CONTROL) & PM_STATE == PM_D0
+    }
+
+    /// Whether the bus master bit is set.
+    pub fn bus_master(&self) -> bool {
+        self.byte(COMMAND) & COMMAND_BUS_MASTER != 0
     }
 
     /// Back to power-on.

@@ -13,6 +13,7 @@
 //! | [`queue`], `worker`, `ring`, [`packet`], [`engine`], [`atomic`] | doorbells and states; workers; reading ahead; decoding; moving bytes; atomic operations |
 //! | [`aperture`] | the BAR through which CPUs reach HBM that is no memory of the machine |
 //! | [`fabric`] | peers of a hive and the links to them |
+//! | `modes` | how HBM can be divided into partitions |
 //! | [`memory`] | HBM in the memory of this process |
 //!
 //! Rules that hold everywhere: nothing that a guest or a client sends makes the crate panic; register accesses
@@ -40,6 +41,7 @@ pub mod gpu;
 pub mod irq;
 pub mod limit;
 pub mod memory;
+mod modes;
 pub mod ownership;
 pub mod packet;
 pub mod partition;
@@ -51,6 +53,7 @@ pub mod scrub;
 pub mod test_support;
 #[cfg(test)]
 mod tests;
+mod ticker;
 mod worker;
 
 pub use aperture::ApertureConfig;
