@@ -7,7 +7,7 @@
  * NUMAGPU_<BLOCK>_<REGISTER> is the offset of a register in its BAR; in a block with several instances it is a
  * macro that takes the instance, from 0. With a suffix: _BYTES its width, _WRITABLE the bits that a write replaces,
  * _W1C the bits that writing a one clears, _RESET its value after reset where that is fixed and not 0. All are
- * little-endian.
+ * little-endian. NUMAGPU_BLOCK_<BLOCK> with _BAR, _BASE, _STRIDE and _COUNT says where a block's instances are.
  */
 #ifndef NUMAGPU_H
 #define NUMAGPU_H
@@ -54,17 +54,31 @@
 /* Value of `IDENTITY.MAGIC`: `NGPU` in ASCII, little-endian. */
 #define NUMAGPU_MAGIC 0x5550474eu
 /* Value of `IDENTITY.VERSION`: major in the upper half, minor in the lower. A driver refuses another major. */
-#define NUMAGPU_VERSION 0x10002u
+#define NUMAGPU_VERSION 0x20000u
 /* `CONTROL` bit that starts the boot. */
 #define NUMAGPU_BOOT_START 1u
 /* Value of `LINK.PEER` for the link to the CPU. */
 #define NUMAGPU_LINK_PEER_CPU 0xffffffffu
 /* Value of `PARTITION.PXM` for HBM that is in no proximity domain. */
 #define NUMAGPU_NO_PXM 0xffffffffu
+/* Value of `PARTITION.LEASE_LEFT_MS` for a lease without end. */
+#define NUMAGPU_LEASE_ENDLESS 0xffffffffu
+/* Position of the event in `PARTITION.HISTORY_STEP`; the state before is in bits 7:0. */
+#define NUMAGPU_HISTORY_EVENT_SHIFT 8u
+/* Position of the state after in `PARTITION.HISTORY_STEP`. */
+#define NUMAGPU_HISTORY_TO_SHIFT 0x10u
+/* Bytes of a page that is retired, and that `RAS` addresses are multiples of. */
+#define NUMAGPU_RAS_PAGE 0x1000u
+/* Pages that can be retired. */
+#define NUMAGPU_MAX_RETIRED 0x100u
+/* Value of `RAS.ENTRY` behind the last retired page. */
+#define NUMAGPU_NO_ENTRY 0xffffffffffffffffull
 /* `QUEUE.CONTROL` bit that enables the queue. */
 #define NUMAGPU_QUEUE_ENABLE 1u
 /* `QUEUE.CONTROL` bit that resets the queue: stopped, pointers and fault cleared. */
 #define NUMAGPU_QUEUE_RESET 2u
+/* Highest `QUEUE.PRIORITY`. */
+#define NUMAGPU_PRIORITY_MAX 3u
 /* Smallest ring in bytes. */
 #define NUMAGPU_RING_MIN 0x100u
 /* Largest ring in bytes. */
@@ -145,10 +159,10 @@
 #define NUMAGPU_SDMA_FILL_SIZE_SHIFT 0x1eu
 
 /* IDENTITY, BAR 0: what the device is */
-#define NUMAGPU_IDENTITY_BAR 0u
-#define NUMAGPU_IDENTITY_BASE 0u
-#define NUMAGPU_IDENTITY_STRIDE 0x100u
-#define NUMAGPU_IDENTITY_COUNT 1u
+#define NUMAGPU_BLOCK_IDENTITY_BAR 0u
+#define NUMAGPU_BLOCK_IDENTITY_BASE 0u
+#define NUMAGPU_BLOCK_IDENTITY_STRIDE 0x100u
+#define NUMAGPU_BLOCK_IDENTITY_COUNT 1u
 /* IDENTITY_MAGIC: `NGPU` in ASCII; RO */
 #define NUMAGPU_IDENTITY_MAGIC 0u
 #define NUMAGPU_IDENTITY_MAGIC_BYTES 4u
@@ -156,7 +170,7 @@
 /* IDENTITY_VERSION: register map version, major << 16 | minor; RO */
 #define NUMAGPU_IDENTITY_VERSION 4u
 #define NUMAGPU_IDENTITY_VERSION_BYTES 4u
-#define NUMAGPU_IDENTITY_VERSION_RESET 0x10002u
+#define NUMAGPU_IDENTITY_VERSION_RESET 0x20000u
 /* IDENTITY_CAPS: capability bits; RO */
 #define NUMAGPU_IDENTITY_CAPS 8u
 #define NUMAGPU_IDENTITY_CAPS_BYTES 8u
@@ -180,12 +194,15 @@
 #define NUMAGPU_IDENTITY_SCRATCH 0x24u
 #define NUMAGPU_IDENTITY_SCRATCH_BYTES 4u
 #define NUMAGPU_IDENTITY_SCRATCH_WRITABLE 0xffffffffu
+/* IDENTITY_PACKETS: bit `n`: copy queues have opcode `n`; RO */
+#define NUMAGPU_IDENTITY_PACKETS 0x28u
+#define NUMAGPU_IDENTITY_PACKETS_BYTES 8u
 
 /* BOOT, BAR 0: boot handshake */
-#define NUMAGPU_BOOT_BAR 0u
-#define NUMAGPU_BOOT_BASE 0x100u
-#define NUMAGPU_BOOT_STRIDE 0x100u
-#define NUMAGPU_BOOT_COUNT 1u
+#define NUMAGPU_BLOCK_BOOT_BAR 0u
+#define NUMAGPU_BLOCK_BOOT_BASE 0x100u
+#define NUMAGPU_BLOCK_BOOT_STRIDE 0x100u
+#define NUMAGPU_BLOCK_BOOT_COUNT 1u
 /* BOOT_CONTROL: bit 0: start; ignored unless STATUS is RESET; RW 0x1, acts */
 #define NUMAGPU_BOOT_CONTROL 0x100u
 #define NUMAGPU_BOOT_CONTROL_BYTES 4u
@@ -201,10 +218,10 @@
 #define NUMAGPU_BOOT_DELAY_US_BYTES 4u
 
 /* IRQ, BAR 0: interrupt causes */
-#define NUMAGPU_IRQ_BAR 0u
-#define NUMAGPU_IRQ_BASE 0x200u
-#define NUMAGPU_IRQ_STRIDE 0x100u
-#define NUMAGPU_IRQ_COUNT 1u
+#define NUMAGPU_BLOCK_IRQ_BAR 0u
+#define NUMAGPU_BLOCK_IRQ_BASE 0x200u
+#define NUMAGPU_BLOCK_IRQ_STRIDE 0x100u
+#define NUMAGPU_BLOCK_IRQ_COUNT 1u
 /* IRQ_STATUS: pending causes, write ones to clear; W1C */
 #define NUMAGPU_IRQ_STATUS 0x200u
 #define NUMAGPU_IRQ_STATUS_BYTES 4u
@@ -218,19 +235,22 @@
 #define NUMAGPU_IRQ_RAISED_BYTES 8u
 
 /* CLOCK, BAR 0: device clock */
-#define NUMAGPU_CLOCK_BAR 0u
-#define NUMAGPU_CLOCK_BASE 0x300u
-#define NUMAGPU_CLOCK_STRIDE 0x100u
-#define NUMAGPU_CLOCK_COUNT 1u
+#define NUMAGPU_BLOCK_CLOCK_BAR 0u
+#define NUMAGPU_BLOCK_CLOCK_BASE 0x300u
+#define NUMAGPU_BLOCK_CLOCK_STRIDE 0x100u
+#define NUMAGPU_BLOCK_CLOCK_COUNT 1u
 /* CLOCK_NS: nanoseconds since the device was created; RO */
 #define NUMAGPU_CLOCK_NS 0x300u
 #define NUMAGPU_CLOCK_NS_BYTES 8u
+/* CLOCK_MODE: what time stamps of queues mean: 0 Off, 1 Modelled, 2 Paced; RO */
+#define NUMAGPU_CLOCK_MODE 0x308u
+#define NUMAGPU_CLOCK_MODE_BYTES 4u
 
 /* TOPOLOGY, BAR 0: place in the machine */
-#define NUMAGPU_TOPOLOGY_BAR 0u
-#define NUMAGPU_TOPOLOGY_BASE 0x400u
-#define NUMAGPU_TOPOLOGY_STRIDE 0x100u
-#define NUMAGPU_TOPOLOGY_COUNT 1u
+#define NUMAGPU_BLOCK_TOPOLOGY_BAR 0u
+#define NUMAGPU_BLOCK_TOPOLOGY_BASE 0x400u
+#define NUMAGPU_BLOCK_TOPOLOGY_STRIDE 0x100u
+#define NUMAGPU_BLOCK_TOPOLOGY_COUNT 1u
 /* TOPOLOGY_HIVE_ID: id of the hive, 0 = none; RO */
 #define NUMAGPU_TOPOLOGY_HIVE_ID 0x400u
 #define NUMAGPU_TOPOLOGY_HIVE_ID_BYTES 8u
@@ -246,36 +266,118 @@
 /* TOPOLOGY_LINK_COUNT: LINK entries in use; RO */
 #define NUMAGPU_TOPOLOGY_LINK_COUNT 0x414u
 #define NUMAGPU_TOPOLOGY_LINK_COUNT_BYTES 4u
+/* TOPOLOGY_PARTITION_MODE: partitions now, 0 = none; RO */
+#define NUMAGPU_TOPOLOGY_PARTITION_MODE 0x418u
+#define NUMAGPU_TOPOLOGY_PARTITION_MODE_BYTES 4u
+/* TOPOLOGY_PARTITION_MODES: bit `n`: `n` partitions are possible; RO */
+#define NUMAGPU_TOPOLOGY_PARTITION_MODES 0x41cu
+#define NUMAGPU_TOPOLOGY_PARTITION_MODES_BYTES 4u
+/* TOPOLOGY_PARTITION_REQUEST: partitions after the next reset, 0 = as now; RW, acts */
+#define NUMAGPU_TOPOLOGY_PARTITION_REQUEST 0x420u
+#define NUMAGPU_TOPOLOGY_PARTITION_REQUEST_BYTES 4u
+#define NUMAGPU_TOPOLOGY_PARTITION_REQUEST_WRITABLE 0xffffffffu
+
+/* RAS, BAR 0: memory errors and retired pages */
+#define NUMAGPU_BLOCK_RAS_BAR 0u
+#define NUMAGPU_BLOCK_RAS_BASE 0x500u
+#define NUMAGPU_BLOCK_RAS_STRIDE 0x100u
+#define NUMAGPU_BLOCK_RAS_COUNT 1u
+/* RAS_CORRECTABLE: correctable errors since reset; RO */
+#define NUMAGPU_RAS_CORRECTABLE 0x500u
+#define NUMAGPU_RAS_CORRECTABLE_BYTES 4u
+/* RAS_UNCORRECTABLE: uncorrectable errors since reset; RO */
+#define NUMAGPU_RAS_UNCORRECTABLE 0x504u
+#define NUMAGPU_RAS_UNCORRECTABLE_BYTES 4u
+/* RAS_POISONED: pages with an uncorrectable error in them; RO */
+#define NUMAGPU_RAS_POISONED 0x508u
+#define NUMAGPU_RAS_POISONED_BYTES 4u
+/* RAS_RETIRED: retired pages; resets keep them; RO */
+#define NUMAGPU_RAS_RETIRED 0x50cu
+#define NUMAGPU_RAS_RETIRED_BYTES 4u
+/* RAS_LAST_ADDRESS: address of the last error; RO */
+#define NUMAGPU_RAS_LAST_ADDRESS 0x510u
+#define NUMAGPU_RAS_LAST_ADDRESS_BYTES 8u
+/* RAS_LAST_KIND: kind of the last error; RO */
+#define NUMAGPU_RAS_LAST_KIND 0x518u
+#define NUMAGPU_RAS_LAST_KIND_BYTES 4u
+/* RAS_COMMAND: 1 RETIRE the page at ADDRESS; reads 0; RW, hidden, acts */
+#define NUMAGPU_RAS_COMMAND 0x51cu
+#define NUMAGPU_RAS_COMMAND_BYTES 4u
+#define NUMAGPU_RAS_COMMAND_WRITABLE 0xffffffffu
+/* RAS_ADDRESS: address that the next command is about; RW */
+#define NUMAGPU_RAS_ADDRESS 0x520u
+#define NUMAGPU_RAS_ADDRESS_BYTES 8u
+#define NUMAGPU_RAS_ADDRESS_WRITABLE 0xffffffffffffffffull
+/* RAS_RESULT: result of the last command; RO */
+#define NUMAGPU_RAS_RESULT 0x528u
+#define NUMAGPU_RAS_RESULT_BYTES 4u
+/* RAS_INDEX: which retired page ENTRY shows; RW */
+#define NUMAGPU_RAS_INDEX 0x52cu
+#define NUMAGPU_RAS_INDEX_BYTES 4u
+#define NUMAGPU_RAS_INDEX_WRITABLE 0xffffffffu
+/* RAS_ENTRY: address of retired page INDEX, all ones = no such page; RO */
+#define NUMAGPU_RAS_ENTRY 0x530u
+#define NUMAGPU_RAS_ENTRY_BYTES 8u
+
+/* DISCOVERY, BAR 0: blocks of this device */
+#define NUMAGPU_BLOCK_DISCOVERY_BAR 0u
+#define NUMAGPU_BLOCK_DISCOVERY_BASE 0x600u
+#define NUMAGPU_BLOCK_DISCOVERY_STRIDE 0x10u
+#define NUMAGPU_BLOCK_DISCOVERY_COUNT 0x10u
+/* DISCOVERY_BLOCK: which block, 0 = end of the list; RO */
+#define NUMAGPU_DISCOVERY_BLOCK(i) (0x600u + 0x10u * (i))
+#define NUMAGPU_DISCOVERY_BLOCK_BYTES 4u
+/* DISCOVERY_OFFSET: offset of its first instance; RO */
+#define NUMAGPU_DISCOVERY_OFFSET(i) (0x604u + 0x10u * (i))
+#define NUMAGPU_DISCOVERY_OFFSET_BYTES 4u
+/* DISCOVERY_STRIDE: bytes between its instances; RO */
+#define NUMAGPU_DISCOVERY_STRIDE(i) (0x608u + 0x10u * (i))
+#define NUMAGPU_DISCOVERY_STRIDE_BYTES 4u
+/* DISCOVERY_COUNT: instances in use on this device; RO */
+#define NUMAGPU_DISCOVERY_COUNT(i) (0x60cu + 0x10u * (i))
+#define NUMAGPU_DISCOVERY_COUNT_BYTES 4u
 
 /* LINK, BAR 0: links to peers and to the CPU */
-#define NUMAGPU_LINK_BAR 0u
-#define NUMAGPU_LINK_BASE 0x800u
-#define NUMAGPU_LINK_STRIDE 0x20u
-#define NUMAGPU_LINK_COUNT 0x20u
+#define NUMAGPU_BLOCK_LINK_BAR 0u
+#define NUMAGPU_BLOCK_LINK_BASE 0x800u
+#define NUMAGPU_BLOCK_LINK_STRIDE 0x40u
+#define NUMAGPU_BLOCK_LINK_COUNT 0x20u
 /* LINK_PEER: hive position of the peer, 0xffffffff = the CPU; RO */
-#define NUMAGPU_LINK_PEER(i) (0x800u + 0x20u * (i))
+#define NUMAGPU_LINK_PEER(i) (0x800u + 0x40u * (i))
 #define NUMAGPU_LINK_PEER_BYTES 4u
-/* LINK_STATE: 0 absent, 1 up, 2 down; RO */
-#define NUMAGPU_LINK_STATE(i) (0x804u + 0x20u * (i))
+/* LINK_STATE: 0 Absent, 1 Up, 2 Down, 3 Degraded; RO */
+#define NUMAGPU_LINK_STATE(i) (0x804u + 0x40u * (i))
 #define NUMAGPU_LINK_STATE_BYTES 4u
 /* LINK_WIDTH: physical links in parallel; RO */
-#define NUMAGPU_LINK_WIDTH(i) (0x808u + 0x20u * (i))
+#define NUMAGPU_LINK_WIDTH(i) (0x808u + 0x40u * (i))
 #define NUMAGPU_LINK_WIDTH_BYTES 4u
 /* LINK_BANDWIDTH_MBS: MB/s in one direction, 0 = not known; RO */
-#define NUMAGPU_LINK_BANDWIDTH_MBS(i) (0x80cu + 0x20u * (i))
+#define NUMAGPU_LINK_BANDWIDTH_MBS(i) (0x80cu + 0x40u * (i))
 #define NUMAGPU_LINK_BANDWIDTH_MBS_BYTES 4u
 /* LINK_LATENCY_NS: latency in ns, 0 = not known; RO */
-#define NUMAGPU_LINK_LATENCY_NS(i) (0x810u + 0x20u * (i))
+#define NUMAGPU_LINK_LATENCY_NS(i) (0x810u + 0x40u * (i))
 #define NUMAGPU_LINK_LATENCY_NS_BYTES 4u
 /* LINK_ERRORS: errors since reset; RO */
-#define NUMAGPU_LINK_ERRORS(i) (0x814u + 0x20u * (i))
+#define NUMAGPU_LINK_ERRORS(i) (0x814u + 0x40u * (i))
 #define NUMAGPU_LINK_ERRORS_BYTES 4u
+/* LINK_WIDTH_NOW: physical links that are up now; RO */
+#define NUMAGPU_LINK_WIDTH_NOW(i) (0x818u + 0x40u * (i))
+#define NUMAGPU_LINK_WIDTH_NOW_BYTES 4u
+/* LINK_BANDWIDTH_NOW_MBS: MB/s in one direction with the links that are up, 0 = not known or down; RO */
+#define NUMAGPU_LINK_BANDWIDTH_NOW_MBS(i) (0x81cu + 0x40u * (i))
+#define NUMAGPU_LINK_BANDWIDTH_NOW_MBS_BYTES 4u
+/* LINK_BYTES_OUT: bytes that left since reset; RO */
+#define NUMAGPU_LINK_BYTES_OUT(i) (0x820u + 0x40u * (i))
+#define NUMAGPU_LINK_BYTES_OUT_BYTES 8u
+/* LINK_BYTES_IN: bytes that came since reset; RO */
+#define NUMAGPU_LINK_BYTES_IN(i) (0x828u + 0x40u * (i))
+#define NUMAGPU_LINK_BYTES_IN_BYTES 8u
 
 /* PARTITION, BAR 0: HBM range, coherent attach, ownership */
-#define NUMAGPU_PARTITION_BAR 0u
-#define NUMAGPU_PARTITION_BASE 0x2000u
-#define NUMAGPU_PARTITION_STRIDE 0x100u
-#define NUMAGPU_PARTITION_COUNT 8u
+#define NUMAGPU_BLOCK_PARTITION_BAR 0u
+#define NUMAGPU_BLOCK_PARTITION_BASE 0x2000u
+#define NUMAGPU_BLOCK_PARTITION_STRIDE 0x100u
+#define NUMAGPU_BLOCK_PARTITION_COUNT 8u
 /* PARTITION_HBM_BASE: first address, as packets name it; RO */
 #define NUMAGPU_PARTITION_HBM_BASE(i) (0x2000u + 0x100u * (i))
 #define NUMAGPU_PARTITION_HBM_BASE_BYTES 8u
@@ -298,7 +400,7 @@
 #define NUMAGPU_PARTITION_TOKEN(i) (0x2020u + 0x100u * (i))
 #define NUMAGPU_PARTITION_TOKEN_BYTES 8u
 #define NUMAGPU_PARTITION_TOKEN_WRITABLE 0xffffffffffffffffull
-/* PARTITION_COMMAND: 1 CLAIM, 2 RELEASE, 3 TRANSFER; reads 0; RW, hidden, acts */
+/* PARTITION_COMMAND: 1 CLAIM, 2 RELEASE, 3 TRANSFER, 4 RENEW; reads 0; RW, hidden, acts */
 #define NUMAGPU_PARTITION_COMMAND(i) (0x2028u + 0x100u * (i))
 #define NUMAGPU_PARTITION_COMMAND_BYTES 4u
 #define NUMAGPU_PARTITION_COMMAND_WRITABLE 0xffffffffu
@@ -309,12 +411,35 @@
 #define NUMAGPU_PARTITION_NEW_TOKEN(i) (0x2030u + 0x100u * (i))
 #define NUMAGPU_PARTITION_NEW_TOKEN_BYTES 8u
 #define NUMAGPU_PARTITION_NEW_TOKEN_WRITABLE 0xffffffffffffffffull
+/* PARTITION_LEASE_MS: lease that CLAIM, TRANSFER and RENEW begin, in ms; 0 = without end; RW */
+#define NUMAGPU_PARTITION_LEASE_MS(i) (0x2038u + 0x100u * (i))
+#define NUMAGPU_PARTITION_LEASE_MS_BYTES 4u
+#define NUMAGPU_PARTITION_LEASE_MS_WRITABLE 0xffffffffu
+/* PARTITION_LEASE_LEFT_MS: ms left of the lease, 0xffffffff = without end, 0 = no owner; RO */
+#define NUMAGPU_PARTITION_LEASE_LEFT_MS(i) (0x203cu + 0x100u * (i))
+#define NUMAGPU_PARTITION_LEASE_LEFT_MS_BYTES 4u
+/* PARTITION_LOSS: why an owner last lost the partition without asking; RO */
+#define NUMAGPU_PARTITION_LOSS(i) (0x2040u + 0x100u * (i))
+#define NUMAGPU_PARTITION_LOSS_BYTES 4u
+/* PARTITION_HISTORY_COUNT: steps remembered; RO */
+#define NUMAGPU_PARTITION_HISTORY_COUNT(i) (0x2044u + 0x100u * (i))
+#define NUMAGPU_PARTITION_HISTORY_COUNT_BYTES 4u
+/* PARTITION_HISTORY_INDEX: which step the next two show, 0 = the newest; RW */
+#define NUMAGPU_PARTITION_HISTORY_INDEX(i) (0x2048u + 0x100u * (i))
+#define NUMAGPU_PARTITION_HISTORY_INDEX_BYTES 4u
+#define NUMAGPU_PARTITION_HISTORY_INDEX_WRITABLE 0xffffffffu
+/* PARTITION_HISTORY_STEP: state before (7:0), event (15:8), state after (23:16); 0 = no such step; RO */
+#define NUMAGPU_PARTITION_HISTORY_STEP(i) (0x204cu + 0x100u * (i))
+#define NUMAGPU_PARTITION_HISTORY_STEP_BYTES 4u
+/* PARTITION_HISTORY_NS: `CLOCK.NS` of the step; RO */
+#define NUMAGPU_PARTITION_HISTORY_NS(i) (0x2050u + 0x100u * (i))
+#define NUMAGPU_PARTITION_HISTORY_NS_BYTES 8u
 
 /* QUEUE, BAR 0: copy queues */
-#define NUMAGPU_QUEUE_BAR 0u
-#define NUMAGPU_QUEUE_BASE 0x8000u
-#define NUMAGPU_QUEUE_STRIDE 0x100u
-#define NUMAGPU_QUEUE_COUNT 8u
+#define NUMAGPU_BLOCK_QUEUE_BAR 0u
+#define NUMAGPU_BLOCK_QUEUE_BASE 0x8000u
+#define NUMAGPU_BLOCK_QUEUE_STRIDE 0x100u
+#define NUMAGPU_BLOCK_QUEUE_COUNT 8u
 /* QUEUE_RING_BASE: address of the ring, a multiple of 256; RW 0xffffffffffffff00 */
 #define NUMAGPU_QUEUE_RING_BASE(i) (0x8000u + 0x100u * (i))
 #define NUMAGPU_QUEUE_RING_BASE_BYTES 8u
@@ -356,21 +481,38 @@
 /* QUEUE_PACKETS: packets completed since enable; RO */
 #define NUMAGPU_QUEUE_PACKETS(i) (0x8048u + 0x100u * (i))
 #define NUMAGPU_QUEUE_PACKETS_BYTES 8u
+/* QUEUE_PRIORITY: 0 lowest to 3 highest; taken over when the queue is enabled; RW 0x3 */
+#define NUMAGPU_QUEUE_PRIORITY(i) (0x8050u + 0x100u * (i))
+#define NUMAGPU_QUEUE_PRIORITY_BYTES 4u
+#define NUMAGPU_QUEUE_PRIORITY_WRITABLE 3u
+/* QUEUE_TRAP_CONTEXT: context of the last TRAP; RO */
+#define NUMAGPU_QUEUE_TRAP_CONTEXT(i) (0x8054u + 0x100u * (i))
+#define NUMAGPU_QUEUE_TRAP_CONTEXT_BYTES 4u
+/* QUEUE_BUSY_NS: ns that packets took since enable, as `CLOCK.MODE` says; RO */
+#define NUMAGPU_QUEUE_BUSY_NS(i) (0x8058u + 0x100u * (i))
+#define NUMAGPU_QUEUE_BUSY_NS_BYTES 8u
+/* QUEUE_STAMP_START_NS: when the last packet that moved data began; RO */
+#define NUMAGPU_QUEUE_STAMP_START_NS(i) (0x8060u + 0x100u * (i))
+#define NUMAGPU_QUEUE_STAMP_START_NS_BYTES 8u
+/* QUEUE_STAMP_END_NS: when it ended; RO */
+#define NUMAGPU_QUEUE_STAMP_END_NS(i) (0x8068u + 0x100u * (i))
+#define NUMAGPU_QUEUE_STAMP_END_NS_BYTES 8u
 
 /* DOORBELL, BAR 2: doorbells of the copy queues */
-#define NUMAGPU_DOORBELL_BAR 2u
-#define NUMAGPU_DOORBELL_BASE 0u
-#define NUMAGPU_DOORBELL_COUNT 8u
+#define NUMAGPU_BLOCK_DOORBELL_BAR 2u
+#define NUMAGPU_BLOCK_DOORBELL_BASE 0u
+#define NUMAGPU_BLOCK_DOORBELL_STRIDE 8u
+#define NUMAGPU_BLOCK_DOORBELL_COUNT 8u
 /* DOORBELL_WPTR: write pointer in bytes; writing the low half rings; RW, hidden, acts */
 #define NUMAGPU_DOORBELL_WPTR(i) (0u + 8u * (i))
 #define NUMAGPU_DOORBELL_WPTR_BYTES 8u
 #define NUMAGPU_DOORBELL_WPTR_WRITABLE 0xffffffffffffffffull
 
 /* MSIX, BAR 1: MSI-X table, kept for VMMs that do not emulate it */
-#define NUMAGPU_MSIX_BAR 1u
-#define NUMAGPU_MSIX_BASE 0u
-#define NUMAGPU_MSIX_STRIDE 0x10u
-#define NUMAGPU_MSIX_COUNT 9u
+#define NUMAGPU_BLOCK_MSIX_BAR 1u
+#define NUMAGPU_BLOCK_MSIX_BASE 0u
+#define NUMAGPU_BLOCK_MSIX_STRIDE 0x10u
+#define NUMAGPU_BLOCK_MSIX_COUNT 9u
 /* MSIX_ADDRESS: message address; RW 0xfffffffffffffffc */
 #define NUMAGPU_MSIX_ADDRESS(i) (0u + 0x10u * (i))
 #define NUMAGPU_MSIX_ADDRESS_BYTES 8u
@@ -392,12 +534,20 @@
 #define NUMAGPU_CAPS_PEER_COPY 2u
 /* CPUs reach the HBM through `BAR_APERTURE` (exposures `bar` and `private`); `HBM_BASE` is then an address of the device's own. */
 #define NUMAGPU_CAPS_HBM_APERTURE 4u
+/* The number of partitions can be changed, by `TOPOLOGY.PARTITION_REQUEST`. */
+#define NUMAGPU_CAPS_PARTITION_MODES 8u
+/* Time stamps are those of a model, see `CLOCK.MODE`. */
+#define NUMAGPU_CAPS_MODELLED_TIME 0x10u
 
 /* Bits of `IRQ.STATUS` and `IRQ.ENABLE`. */
 /* A queue stopped with a fault; vector `VECTOR_EVENTS`. */
 #define NUMAGPU_IRQ_BITS_FAULT 1u
 /* A partition changed hands without its owner asking; vector `VECTOR_EVENTS`. */
 #define NUMAGPU_IRQ_BITS_OWNERSHIP 2u
+/* A memory error, see the `RAS` block; vector `VECTOR_EVENTS`. */
+#define NUMAGPU_IRQ_BITS_RAS 4u
+/* A link changed its state or its width; vector `VECTOR_EVENTS`. */
+#define NUMAGPU_IRQ_BITS_LINK 8u
 /* Queue 0 executed a TRAP packet; vector `VECTOR_QUEUE0`. Queue `q` has bit `8 + q`. */
 #define NUMAGPU_IRQ_BITS_QUEUE0 0x100u
 
@@ -410,6 +560,72 @@
 #define NUMAGPU_BOOT_STATE_READY 2u
 /* Failed; a function-level reset gives another try. */
 #define NUMAGPU_BOOT_STATE_FAULT 3u
+
+/* `CLOCK.MODE`. */
+/* Time stamps are the host's time; work goes as fast as the host does it. */
+#define NUMAGPU_TIMING_MODE_OFF 0u
+/* Time stamps are what the machine's bandwidths and latencies give; work goes as fast as the host does it. */
+#define NUMAGPU_TIMING_MODE_MODELLED 1u
+/* The same, and work also takes that long. */
+#define NUMAGPU_TIMING_MODE_PACED 2u
+
+/* `DISCOVERY.BLOCK`. */
+/* No more blocks. */
+#define NUMAGPU_BLOCK_ID_END 0u
+/* `IDENTITY`. */
+#define NUMAGPU_BLOCK_ID_IDENTITY 1u
+/* `BOOT`. */
+#define NUMAGPU_BLOCK_ID_BOOT 2u
+/* `IRQ`. */
+#define NUMAGPU_BLOCK_ID_IRQ 3u
+/* `CLOCK`. */
+#define NUMAGPU_BLOCK_ID_CLOCK 4u
+/* `TOPOLOGY`. */
+#define NUMAGPU_BLOCK_ID_TOPOLOGY 5u
+/* `RAS`. */
+#define NUMAGPU_BLOCK_ID_RAS 6u
+/* `DISCOVERY`. */
+#define NUMAGPU_BLOCK_ID_DISCOVERY 7u
+/* `LINK`. */
+#define NUMAGPU_BLOCK_ID_LINK 8u
+/* `PARTITION`. */
+#define NUMAGPU_BLOCK_ID_PARTITION 9u
+/* `QUEUE`. */
+#define NUMAGPU_BLOCK_ID_QUEUE 0xau
+
+/* `LINK.STATE`. */
+/* No such link. */
+#define NUMAGPU_LINK_STATE_ABSENT 0u
+/* All its lanes carry traffic. */
+#define NUMAGPU_LINK_STATE_UP 1u
+/* No lane does. */
+#define NUMAGPU_LINK_STATE_DOWN 2u
+/* Some of its lanes do. */
+#define NUMAGPU_LINK_STATE_DEGRADED 3u
+
+/* `RAS.LAST_KIND`. */
+/* No error since power-on. */
+#define NUMAGPU_RAS_KIND_NONE 0u
+/* Corrected; the data is good. */
+#define NUMAGPU_RAS_KIND_CORRECTABLE 1u
+/* Not corrected; who reads the data through a queue gets a fault, until it is written anew. */
+#define NUMAGPU_RAS_KIND_UNCORRECTABLE 2u
+
+/* `RAS.COMMAND`. */
+/* Takes the page at `ADDRESS` out of use for good. */
+#define NUMAGPU_RAS_COMMAND_RETIRE 1u
+
+/* `RAS.RESULT`. */
+/* No command since reset. */
+#define NUMAGPU_RAS_RESULT_NONE 0u
+/* Done, or done before. */
+#define NUMAGPU_RAS_RESULT_OK 1u
+/* Refused: `ADDRESS` is in no partition of this GPU. */
+#define NUMAGPU_RAS_RESULT_OUT_OF_RANGE 2u
+/* Refused: the list of retired pages is full. */
+#define NUMAGPU_RAS_RESULT_FULL 3u
+/* Refused: no such command. */
+#define NUMAGPU_RAS_RESULT_BAD_COMMAND 4u
 
 /* `PARTITION.COHERENCE`. */
 /* The VMM maps nothing at the planned address. */
@@ -446,6 +662,8 @@
 #define NUMAGPU_OWNER_COMMAND_RELEASE 2u
 /* Makes `NEW_TOKEN` the owner; contents stay. */
 #define NUMAGPU_OWNER_COMMAND_TRANSFER 3u
+/* Begins the owner's lease anew, for `LEASE_MS` from now. */
+#define NUMAGPU_OWNER_COMMAND_RENEW 4u
 
 /* `PARTITION.RESULT`. */
 /* No command since reset. */
@@ -468,6 +686,64 @@
 #define NUMAGPU_OWNER_RESULT_RELEASING 8u
 /* Refused: no such command. */
 #define NUMAGPU_OWNER_RESULT_BAD_COMMAND 9u
+
+/* `PARTITION.LOSS`. */
+/* No owner lost it since power-on. */
+#define NUMAGPU_OWNER_LOSS_NONE 0u
+/* A function-level reset. */
+#define NUMAGPU_OWNER_LOSS_FUNCTION_RESET 1u
+/* A hot reset of the bus. */
+#define NUMAGPU_OWNER_LOSS_HOT_RESET 2u
+/* The function's bus master bit was cleared. */
+#define NUMAGPU_OWNER_LOSS_BUS_MASTER_OFF 3u
+/* The lease ended. */
+#define NUMAGPU_OWNER_LOSS_LEASE_EXPIRED 4u
+/* The number of partitions changed. */
+#define NUMAGPU_OWNER_LOSS_PARTITION_CHANGE 5u
+/* The VMM went away. */
+#define NUMAGPU_OWNER_LOSS_DISCONNECT 6u
+
+/* What happened, in `PARTITION.HISTORY_STEP`: a command with its circumstances already judged, or an incident. */
+/* CLAIM with a token, while booted and coherent. */
+#define NUMAGPU_OWNER_EVENT_CLAIM 1u
+/* CLAIM with token 0. */
+#define NUMAGPU_OWNER_EVENT_CLAIM_BAD_TOKEN 2u
+/* CLAIM before the boot is over. */
+#define NUMAGPU_OWNER_EVENT_CLAIM_NOT_READY 3u
+/* CLAIM while the VMM does not map this HBM where the plan says. */
+#define NUMAGPU_OWNER_EVENT_CLAIM_NOT_COHERENT 4u
+/* RELEASE with the owner's token. */
+#define NUMAGPU_OWNER_EVENT_RELEASE 5u
+/* RELEASE with another token. */
+#define NUMAGPU_OWNER_EVENT_RELEASE_BY_OTHER 6u
+/* TRANSFER with the owner's token, to a token. */
+#define NUMAGPU_OWNER_EVENT_TRANSFER 7u
+/* TRANSFER with another token. */
+#define NUMAGPU_OWNER_EVENT_TRANSFER_BY_OTHER 8u
+/* TRANSFER with the owner's token, to token 0. */
+#define NUMAGPU_OWNER_EVENT_TRANSFER_BAD_TOKEN 9u
+/* RENEW with the owner's token. */
+#define NUMAGPU_OWNER_EVENT_RENEW 0xau
+/* RENEW with another token. */
+#define NUMAGPU_OWNER_EVENT_RENEW_BY_OTHER 0xbu
+/* A command that does not exist. */
+#define NUMAGPU_OWNER_EVENT_BAD_COMMAND 0xcu
+/* A function-level reset. */
+#define NUMAGPU_OWNER_EVENT_FUNCTION_RESET 0xdu
+/* A hot reset of the bus. */
+#define NUMAGPU_OWNER_EVENT_HOT_RESET 0xeu
+/* The function's bus master bit was cleared. */
+#define NUMAGPU_OWNER_EVENT_BUS_MASTER_OFF 0xfu
+/* The lease ended. */
+#define NUMAGPU_OWNER_EVENT_LEASE_EXPIRED 0x10u
+/* The number of partitions changes. */
+#define NUMAGPU_OWNER_EVENT_PARTITION_CHANGE 0x11u
+/* The VMM went away. */
+#define NUMAGPU_OWNER_EVENT_DISCONNECT 0x12u
+/* The scrubber is done. */
+#define NUMAGPU_OWNER_EVENT_SCRUBBED 0x13u
+/* The scrubber failed. */
+#define NUMAGPU_OWNER_EVENT_SCRUB_FAILED 0x14u
 
 /* `QUEUE.STATUS`. */
 /* Not enabled. */
@@ -504,6 +780,10 @@
 #define NUMAGPU_QUEUE_FAULT_TRUNCATED 0xau
 /* A poll used up its retries. */
 #define NUMAGPU_QUEUE_FAULT_POLL_TIMEOUT 0xbu
+/* HBM with an uncorrectable error in it was read. */
+#define NUMAGPU_QUEUE_FAULT_POISONED 0xcu
+/* HBM of a page that is retired. */
+#define NUMAGPU_QUEUE_FAULT_RETIRED 0xdu
 
 /* How a poll compares memory, after the mask, with its reference; both unsigned. */
 /* Holds whatever the memory has. */

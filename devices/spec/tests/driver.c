@@ -6,7 +6,7 @@
 
 static_assert(NUMAGPU_MAGIC == 0x5550474e, "NGPU");
 static_assert(NUMAGPU_VENDOR_ID == 0x1234 && NUMAGPU_DEVICE_ID == 0x6770, "identity");
-static_assert(NUMAGPU_IDENTITY_BAR == 0 && NUMAGPU_MSIX_BAR == 1 && NUMAGPU_DOORBELL_BAR == 2, "BARs");
+static_assert(NUMAGPU_BLOCK_IDENTITY_BAR == 0 && NUMAGPU_BLOCK_MSIX_BAR == 1 && NUMAGPU_BLOCK_DOORBELL_BAR == 2, "BARs");
 static_assert(NUMAGPU_IDENTITY_MAGIC == 0, "the first register");
 static_assert(NUMAGPU_BOOT_STATUS == 0x104, "in a block with one instance");
 static_assert(NUMAGPU_QUEUE_RING_BASE(0) == 0x8000, "of the first instance");
@@ -18,7 +18,7 @@ static_assert(NUMAGPU_IRQ_STATUS_W1C == 0xffffffff, "write one to clear");
 static_assert(NUMAGPU_MSIX_CONTROL_RESET == 1, "masked");
 static_assert(NUMAGPU_DOORBELL_WPTR(2) == 0x10, "doorbell of queue 2");
 static_assert(NUMAGPU_CAPS_HBM_APERTURE == 4 && NUMAGPU_IRQ_BITS_QUEUE0 == 0x100, "flags");
-static_assert(NUMAGPU_BOOT_STATE_READY == 2 && NUMAGPU_COHERENCE_NO_FD == 3, "codes");
+static_assert(NUMAGPU_BOOT_STATE_READY == 2 && NUMAGPU_COHERENCE_NO_FD == 2, "codes");
 static_assert(NUMAGPU_SDMA_ATOMIC_OP_SHIFT == 25 && NUMAGPU_ATOMIC_OP_MIN_SIGNED == 0x11, "an operation");
 static_assert(NUMAGPU_SDMA_TIMESTAMP_GET_GLOBAL_FIRST == 0x20d, "opcode and sub-opcode");
 

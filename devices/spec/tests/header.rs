@@ -62,9 +62,13 @@ fn equal(program: &mut String, name: &str, value: u64) {
 
 fn block(program: &mut String, bar: u8, block: &Block) {
     let name = block.name;
-    equal(program, &format!("{name}_BAR"), bar.into());
-    equal(program, &format!("{name}_COUNT"), block.count.into());
-    equal(program, &format!("{name}_STRIDE"), block.stride.into());
+    equal(program, &format!("BLOCK_{name}_BAR"), bar.into());
+    equal(program, &format!("BLOCK_{name}_COUNT"), block.count.into());
+    equal(
+        program,
+        &format!("BLOCK_{name}_STRIDE"),
+        block.stride.into(),
+    );
     for reg in block.regs {
         let full = format!("{name}_{}", reg.name);
         for instance in 0..block.count {

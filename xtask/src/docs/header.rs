@@ -1,6 +1,6 @@
 //! `devices/spec/include/numagpu.h`: the device as a driver in C sees it, from the tables of `numagpu-spec`.
 //!
-//! Registers come from their blocks and packets from their table. Numbers, flags and codes are Rust items, which
+//! Registers, their codes and packets come from tables. Numbers, flags and the enums of packets are Rust items, which
 //! no table holds: they are listed here, and [`text`] fails where the source has one that is not.
 
 use std::collections::BTreeMap;
@@ -56,7 +56,8 @@ fn numbers() -> Vec<Value> {
         }
         "" regs {
             MAX_PARTITIONS MAX_QUEUES MAX_LINKS MAGIC VERSION BOOT_START LINK_PEER_CPU NO_PXM
-            QUEUE_ENABLE QUEUE_RESET RING_MIN RING_MAX
+            LEASE_ENDLESS HISTORY_EVENT_SHIFT HISTORY_TO_SHIFT RAS_PAGE MAX_RETIRED NO_ENTRY
+            QUEUE_ENABLE QUEUE_RESET PRIORITY_MAX RING_MIN RING_MAX
         }
         "SDMA_" sdma {
             OP_NOP OP_COPY OP_WRITE OP_FENCE OP_TRAP OP_POLL_REGMEM OP_ATOMIC OP_CONST_FILL OP_TIMESTAMP
@@ -76,16 +77,18 @@ type Names = Vec<(String, u64)>;
 
 /// Every enum of codes.
 fn codes() -> Vec<(&'static str, Names)> {
-    macro_rules! list {
-        ($($module:ident { $($name:ident)* })*) => { vec![$($((
+    let registers = regs::CODES.iter().map(|table| {
+        let names = table.codes.iter();
+        let names = names.map(|&(code, name)| (name.to_owned(), code.into()));
+        (table.name, names.collect())
+    });
+    macro_rules! packets {
+        ($($name:ident)*) => { [$((
             stringify!($name),
-            $module::$name::ALL.iter().map(|&code| (format!("{code:?}"), code as u64)).collect(),
-        ),)*)*] };
+            sdma::$name::ALL.iter().map(|&code| (format!("{code:?}"), code as u64)).collect(),
+        ),)*] };
     }
-    list! {
-        regs { BootState Coherence OwnerState OwnerCommand OwnerResult QueueState QueueFault }
-        sdma { PollFunction AtomicOp }
-    }
+    registers.chain(packets!(PollFunction AtomicOp)).collect()
 }
 
 /// Every set of flags.
@@ -166,7 +169,7 @@ const INTRODUCTION: &str = "\
  * NUMAGPU_<BLOCK>_<REGISTER> is the offset of a register in its BAR; in a block with several instances it is a
  * macro that takes the instance, from 0. With a suffix: _BYTES its width, _WRITABLE the bits that a write replaces,
  * _W1C the bits that writing a one clears, _RESET its value after reset where that is fixed and not 0. All are
- * little-endian.
+ * little-endian. NUMAGPU_BLOCK_<BLOCK> with _BAR, _BASE, _STRIDE and _COUNT says where a block's instances are.
  */
 #ifndef NUMAGPU_H
 #define NUMAGPU_H
@@ -215,10 +218,10 @@ impl Header {
     fn block(&mut self, bar: u8, block: &Block) -> Result<()> {
         let name = block.name;
         self.section(&format!("{name}, BAR {bar}: {}", block.doc));
-        self.define(&format!("{name}_BAR"), bar.into(), None)?;
-        self.define(&format!("{name}_BASE"), block.base.into(), None)?;
-        self.define(&format!("{name}_STRIDE"), block.stride.into(), None)?;
-        self.define(&format!("{name}_COUNT"), block.count.into(), None)?;
+        self.define(&format!("BLOCK_{name}_BAR"), bar.into(), None)?;
+        self.define(&format!("BLOCK_{name}_BASE"), block.base.into(), None)?;
+        self.define(&format!("BLOCK_{name}_STRIDE"), block.stride.into(), None)?;
+        self.define(&format!("BLOCK_{name}_COUNT"), block.count.into(), None)?;
         for reg in block.regs {
             self.register(block, reg)?;
         }
@@ -353,7 +356,7 @@ impl Sources {
                     let module = inside(outer, module);
                     self.collect(&group.stream(), &module, comments)?;
                 }
-                ("codes" | "bitflags", "!") => self.types.extend(defined_by_macro(group.stream())),
+                ("bitflags", "!") => self.types.extend(defined_by_macro(group.stream())),
                 _ => {}
             }
         }
@@ -421,14 +424,13 @@ fn inside(outer: &str, name: &str) -> String {
     }
 }
 
-/// The type that `codes!` or `bitflags!` defines: the last word before the braces, or before the colon.
+/// The type that `bitflags!` defines: the last word before the colon.
 fn defined_by_macro(tokens: TokenStream) -> Option<String> {
     let mut last = None;
     for token in tokens {
         match token {
             TokenTree::Ident(word) => last = Some(word.to_string()),
             TokenTree::Punct(mark) if mark.as_char() == ':' => break,
-            TokenTree::Group(group) if group.delimiter() == Delimiter::Brace => break,
             _ => {}
         }
     }
@@ -470,10 +472,6 @@ mod tests {
             (
                 "/// In.\npub mod inner { /// New.\npub const NEW: u64 = 1; }",
                 "NEW",
-            ),
-            (
-                "codes! { /// New.\n Fresh { /// One.\n One = 1, } }",
-                "Fresh",
             ),
             (
                 "bitflags! { /// New.\n pub struct Fresh: u32 { const ONE = 1; } }",
