@@ -3,6 +3,8 @@
 //! Source: Linux `drivers/gpu/drm/amd/amdgpu/vega10_sdma_pkt_open.h` (SDMA 4.x). All packets are sequences of
 //! little-endian 32-bit words; the first has the opcode in bits 7:0 and the sub-opcode in bits 15:8.
 
+use crate::table::Packet;
+
 /// No operation; bits 29:16 of the header give the number of further words to skip.
 pub const OP_NOP: u8 = 0;
 /// Copy; sub-opcode [`SUBOP_COPY_LINEAR`].
@@ -167,6 +169,139 @@ pub const WRITE_COUNT_MASK: u32 = 0x000f_ffff;
 pub const TRAP_CONTEXT_MASK: u32 = 0x0fff_ffff;
 /// Position of the fill size in a constant fill's header (31:30): 0 = bytes, 2 = words.
 pub const FILL_SIZE_SHIFT: u32 = 30;
+
+/// Every packet that the copy queue takes.
+pub const PACKETS: &[Packet] = &[
+    Packet {
+        name: "NOP",
+        op: OP_NOP,
+        sub_op: 0,
+        words: &["HEADER"],
+        doc: "skips itself and as many words as its header says",
+    },
+    Packet {
+        name: "COPY_LINEAR",
+        op: OP_COPY,
+        sub_op: SUBOP_COPY_LINEAR,
+        words: &[
+            "HEADER",
+            "COUNT",
+            "PARAMETER",
+            "SOURCE_LO",
+            "SOURCE_HI",
+            "DESTINATION_LO",
+            "DESTINATION_HI",
+        ],
+        doc: "copies COUNT + 1 bytes",
+    },
+    Packet {
+        name: "WRITE_LINEAR",
+        op: OP_WRITE,
+        sub_op: SUBOP_WRITE_LINEAR,
+        words: &["HEADER", "DESTINATION_LO", "DESTINATION_HI", "COUNT"],
+        doc: "writes the COUNT + 1 words that follow",
+    },
+    Packet {
+        name: "FENCE",
+        op: OP_FENCE,
+        sub_op: 0,
+        words: &["HEADER", "ADDRESS_LO", "ADDRESS_HI", "VALUE"],
+        doc: "stores a word when all packets before are done",
+    },
+    Packet {
+        name: "TRAP",
+        op: OP_TRAP,
+        sub_op: 0,
+        words: &["HEADER", "CONTEXT"],
+        doc: "raises the queue's interrupt",
+    },
+    Packet {
+        name: "POLL_REGMEM",
+        op: OP_POLL_REGMEM,
+        sub_op: 0,
+        words: &[
+            "HEADER",
+            "ADDRESS_LO",
+            "ADDRESS_HI",
+            "REFERENCE",
+            "MASK",
+            "RETRIES_INTERVAL",
+        ],
+        doc: "waits until a word of memory compares as asked",
+    },
+    Packet {
+        name: "ATOMIC",
+        op: OP_ATOMIC,
+        sub_op: 0,
+        words: &[
+            "HEADER",
+            "ADDRESS_LO",
+            "ADDRESS_HI",
+            "OPERAND_LO",
+            "OPERAND_HI",
+            "COMPARAND_LO",
+            "COMPARAND_HI",
+            "LOOP_INTERVAL",
+        ],
+        doc: "changes 4 or 8 bytes of memory atomically",
+    },
+    Packet {
+        name: "CONST_FILL",
+        op: OP_CONST_FILL,
+        sub_op: 0,
+        words: &[
+            "HEADER",
+            "DESTINATION_LO",
+            "DESTINATION_HI",
+            "VALUE",
+            "COUNT",
+        ],
+        doc: "fills COUNT + 1 bytes",
+    },
+    Packet {
+        name: "TIMESTAMP_SET",
+        op: OP_TIMESTAMP,
+        sub_op: SUBOP_TIMESTAMP_SET,
+        words: &["HEADER", "NS_LO", "NS_HI"],
+        doc: "sets the queue's local time",
+    },
+    Packet {
+        name: "TIMESTAMP_GET",
+        op: OP_TIMESTAMP,
+        sub_op: SUBOP_TIMESTAMP_GET,
+        words: &["HEADER", "ADDRESS_LO", "ADDRESS_HI"],
+        doc: "stores the queue's local time",
+    },
+    Packet {
+        name: "TIMESTAMP_GET_GLOBAL",
+        op: OP_TIMESTAMP,
+        sub_op: SUBOP_TIMESTAMP_GET_GLOBAL,
+        words: &["HEADER", "ADDRESS_LO", "ADDRESS_HI"],
+        doc: "stores the device clock",
+    },
+];
+
+/// Stops compilation where the table is not as long as the packets are.
+#[allow(clippy::indexing_slicing, reason = "runs at compile time")]
+const _: () = {
+    let mut i = 0;
+    while i < PACKETS.len() {
+        let words = match PACKETS[i].op {
+            OP_NOP => 1,
+            OP_COPY => COPY_LINEAR_WORDS,
+            OP_WRITE => WRITE_LINEAR_HEADER_WORDS,
+            OP_FENCE => FENCE_WORDS,
+            OP_TRAP => TRAP_WORDS,
+            OP_POLL_REGMEM => POLL_REGMEM_WORDS,
+            OP_ATOMIC => ATOMIC_WORDS,
+            OP_CONST_FILL => CONST_FILL_WORDS,
+            OP_TIMESTAMP => TIMESTAMP_WORDS,
+            _ => 0,
+        };
+        assert!(PACKETS[i].words.len() == words, "a packet has its words");
+        i += 1;
+    }
+};
 
 /// Low half of an address.
 #[allow(

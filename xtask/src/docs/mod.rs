@@ -1,14 +1,17 @@
-//! `cargo xtask docs`: the pages of `docs/` that are made from the code.
+//! `cargo xtask docs`: the pages of `docs/` and the C header that are made from the code.
 //!
 //! | page | made from |
 //! |---|---|
 //! | `registers.md` | the tables of `numagpu-spec`, by [`registers`], with the texts that [`comments`] finds |
 //! | `cli.md` | what the `numagpu` command says of itself, by [`cli`] |
 //! | `config.md` | the schema that the `numagpu` command prints, by [`config`] |
+//!
+//! And the C header `devices/spec/include/numagpu.h`, from the same tables as `registers.md`, by [`header`].
 
 mod cli;
 mod comments;
 mod config;
+mod header;
 mod markdown;
 mod registers;
 
@@ -82,6 +85,7 @@ fn pages(workspace: &Workspace) -> Result<Vec<Page>> {
     let numagpu = workspace.numagpu(&["--workspace"])?;
     let pages = [
         ("docs/registers.md", registers::page(&workspace.root)?),
+        (header::PATH, header::text(&workspace.root)?),
         ("docs/cli.md", cli::page(&numagpu)?),
         ("docs/config.md", config::page(&workspace.root, &numagpu)?),
     ];

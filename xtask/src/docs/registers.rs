@@ -160,7 +160,7 @@ fn register(reg: &Reg) -> [String; 6] {
 }
 
 /// What a driver may do with a register.
-fn access(reg: &Reg) -> String {
+pub(super) fn access(reg: &Reg) -> String {
     let kind = |name: &str, mask: u64| match mask {
         0 => None,
         all if all == reg.width.mask() => Some(name.to_owned()),
@@ -183,7 +183,7 @@ fn access(reg: &Reg) -> String {
 }
 
 /// Names and values of the flags of `F`.
-fn named_bits<F: bitflags::Flags>() -> Vec<(&'static str, u64)>
+pub(super) fn named_bits<F: bitflags::Flags>() -> Vec<(&'static str, u64)>
 where
     F::Bits: Into<u64>,
 {
