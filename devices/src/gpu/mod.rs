@@ -7,17 +7,18 @@
 //! leaves as far as this crate goes. `lifecycle` is for attach, detach and reset, which wait for workers; no
 //! BAR access takes it. Register reads take no lock at all.
 
+mod pages;
+mod read;
+
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use numagpu_spec::regs::{
-    self, BOOT_START, BootState, Caps, LINK_PEER_CPU, NO_PXM, QUEUE_ENABLE, QUEUE_RESET, boot,
-    clock, identity, irq, link, partition, queue, topology,
-};
-use numagpu_spec::{pci, table::Block};
+use numagpu_spec::pci;
+use numagpu_spec::regs::{self, BootState, QUEUE_ENABLE, QUEUE_RESET, partition, queue};
 
+use self::pages::{DoorbellPage, MsixPage};
 use crate::aperture::Aperture;
 use crate::boot::Boot;
 use crate::bus::{Attachment, FunctionLayout, PciFunction, ResetKind};
@@ -29,7 +30,7 @@ use crate::irq::Irq;
 use crate::ownership::{Circumstances, Event};
 use crate::partition::{Partition, PartitionStatus};
 use crate::queue::{Queue, QueueStatus, Setup};
-use crate::registers::{RegisterAt, RegisterDevice, RegisterFile, RegisterMap, TableError};
+use crate::registers::{RegisterFile, RegisterMap, TableError};
 use crate::scrub::Scrubber;
 
 /// How long a reset waits for scrubs, so that small HBM is free when it returns. Longer scrubs go on behind it
@@ -263,9 +264,14 @@ impl Gpu {
         let command = take(&partition::COMMAND);
         let (token, new_token) = (take(&partition::TOKEN), take(&partition::NEW_TOKEN));
         let command = u32::try_from(command).unwrap_or(0);
+        let lease_ms = self
+            .registers
+            .get(&partition::BLOCK, index, &partition::LEASE_MS);
+        let lease_ms = u32::try_from(lease_ms).unwrap_or(0);
         let with = || Circumstances {
             token,
             new_token,
+            lease_ms,
             ready: self.is_ready(),
             coherent: target.is_attached(),
         };
@@ -318,103 +324,6 @@ impl Gpu {
             },
         }
     }
-
-    fn read_identity(&self, offset: u32, stored: u64) -> u64 {
-        let config = &self.config;
-        match offset {
-            o if o == identity::CAPS.offset => {
-                let mut caps = Caps::empty();
-                let has_hbm = !config.partitions.is_empty();
-                let is_coherent = config.aperture.is_none_or(|it| it.coherent);
-                caps.set(Caps::COHERENT_HBM, has_hbm && is_coherent);
-                caps.set(Caps::HBM_APERTURE, config.aperture.is_some());
-                caps.set(Caps::PEER_COPY, config.hive_id != 0 && config.hive_size > 1);
-                caps.bits()
-            }
-            o if o == identity::GPU_INDEX.offset => config.index.into(),
-            o if o == identity::PARTITION_COUNT.offset => self.member.partitions.len() as u64,
-            o if o == identity::QUEUE_COUNT.offset => config.queues.into(),
-            o if o == identity::VECTOR_COUNT.offset => pci::VECTOR_COUNT.into(),
-            _ => stored,
-        }
-    }
-
-    fn read_boot(&self, offset: u32, stored: u64) -> u64 {
-        match offset {
-            o if o == boot::STATUS.offset => self.boot.state(self.now()).code().into(),
-            o if o == boot::FAULT.offset => self.boot.fault(self.now()).into(),
-            o if o == boot::DELAY_US.offset => self.boot.delay_us().into(),
-            _ => stored,
-        }
-    }
-
-    fn read_topology(&self, offset: u32, stored: u64) -> u64 {
-        let config = &self.config;
-        match offset {
-            o if o == topology::HIVE_ID.offset => config.hive_id,
-            o if o == topology::NODE_ID.offset => config.node_id.into(),
-            o if o == topology::HIVE_SIZE.offset => config.hive_size.into(),
-            o if o == topology::CPU_PXM.offset => config.cpu_pxm.into(),
-            o if o == topology::LINK_COUNT.offset => config.links.len() as u64,
-            _ => stored,
-        }
-    }
-
-    fn read_link(&self, instance: u32, offset: u32) -> u64 {
-        let index = instance as usize;
-        let both = (self.config.links.get(index), self.member.links.get(index));
-        let (Some(config), Some(end)) = both else {
-            return 0;
-        };
-        match offset {
-            o if o == link::PEER.offset => config.peer.unwrap_or(LINK_PEER_CPU).into(),
-            o if o == link::STATE.offset => {
-                if end.is_up() {
-                    1
-                } else {
-                    2
-                }
-            }
-            o if o == link::WIDTH.offset => config.width.into(),
-            o if o == link::BANDWIDTH_MBS.offset => config.bandwidth_mbs.into(),
-            o if o == link::LATENCY_NS.offset => config.latency_ns.into(),
-            o if o == link::ERRORS.offset => end.errors().into(),
-            _ => 0,
-        }
-    }
-
-    fn read_partition(&self, instance: u32, offset: u32, stored: u64) -> u64 {
-        let Some(target) = self.member.partitions.get(instance as usize) else {
-            return 0;
-        };
-        match offset {
-            o if o == partition::HBM_BASE.offset => target.base(),
-            o if o == partition::HBM_SIZE.offset => target.size(),
-            o if o == partition::PXM.offset => target.pxm().unwrap_or(NO_PXM).into(),
-            o if o == partition::COHERENCE.offset => target.coherence_code().into(),
-            o if o == partition::STATE.offset => target.state_code().into(),
-            o if o == partition::GENERATION.offset => target.generation().into(),
-            o if o == partition::RESULT.offset => target.result_code().into(),
-            _ => stored,
-        }
-    }
-
-    fn read_queue(&self, instance: u32, offset: u32, stored: u64) -> u64 {
-        let Some(target) = self.queues.get(instance as usize) else {
-            return 0;
-        };
-        let status = target.status();
-        match offset {
-            o if o == queue::RPTR.offset => status.rptr,
-            o if o == queue::WPTR.offset => status.wptr,
-            o if o == queue::STATUS.offset => status.state.code().into(),
-            o if o == queue::FAULT_CODE.offset => status.fault.code().into(),
-            o if o == queue::FAULT_ADDR.offset => status.fault_address,
-            o if o == queue::FAULT_PACKET.offset => status.fault_packet,
-            o if o == queue::PACKETS.offset => status.packets,
-            _ => stored,
-        }
-    }
 }
 
 fn link_status(end: &LinkEnd) -> LinkStatus {
@@ -431,84 +340,6 @@ impl Drop for Gpu {
         self.fabric.leave(self.member.place);
     }
 }
-
-impl RegisterDevice for Gpu {
-    fn read(&self, at: RegisterAt, stored: u64) -> u64 {
-        let offset = at.reg.offset;
-        match at.block {
-            identity::BASE => self.read_identity(offset, stored),
-            boot::BASE => self.read_boot(offset, stored),
-            irq::BASE => stored,
-            clock::BASE => self.now(),
-            topology::BASE => self.read_topology(offset, stored),
-            link::BASE => self.read_link(at.instance, offset),
-            partition::BASE => self.read_partition(at.instance, offset, stored),
-            queue::BASE => self.read_queue(at.instance, offset, stored),
-            _ => 0,
-        }
-    }
-
-    fn written(&self, at: RegisterAt, value: u64, _lanes: u64) {
-        match at.block {
-            boot::BASE if value & u64::from(BOOT_START) != 0 => self.boot.start(self.now()),
-            partition::BASE => self.command(at.instance),
-            queue::BASE => self.control_queue(at.instance, value),
-            _ => {}
-        }
-    }
-}
-
-/// The doorbell page: writes that touch the low half of a doorbell ring it.
-struct DoorbellPage<'g>(&'g Gpu);
-
-impl RegisterDevice for DoorbellPage<'_> {
-    fn read(&self, _at: RegisterAt, _stored: u64) -> u64 {
-        0
-    }
-
-    fn written(&self, at: RegisterAt, value: u64, lanes: u64) {
-        if lanes & 0xffff_ffff != 0
-            && let Some(target) = self.0.queues.get(at.instance as usize)
-        {
-            target.doorbell(value);
-        }
-    }
-}
-
-/// The MSI-X table: plain storage, for VMMs that keep theirs here.
-struct MsixPage;
-
-impl RegisterDevice for MsixPage {
-    fn read(&self, _at: RegisterAt, stored: u64) -> u64 {
-        stored
-    }
-
-    fn written(&self, _at: RegisterAt, _value: u64, _lanes: u64) {}
-}
-
-/// Whether a block of the spec is one that [`Gpu`] serves; keeps the `match` of reads complete.
-const fn is_served(block: &Block) -> bool {
-    matches!(
-        block.base,
-        identity::BASE
-            | boot::BASE
-            | irq::BASE
-            | clock::BASE
-            | topology::BASE
-            | link::BASE
-            | partition::BASE
-            | queue::BASE
-    )
-}
-
-#[allow(clippy::indexing_slicing, reason = "runs at compile time")]
-const _: () = {
-    let mut i = 0;
-    while i < regs::BLOCKS.len() {
-        assert!(is_served(&regs::BLOCKS[i]), "every block is served");
-        i += 1;
-    }
-};
 
 impl PciFunction for Gpu {
     fn layout(&self) -> &FunctionLayout {
