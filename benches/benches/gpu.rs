@@ -441,7 +441,7 @@ fn latency(criterion: &mut Criterion) {
             asked.store(0, Ordering::Release);
         }
         let [mut ours, mut floor] = samples;
-        for per_mille in [500, 990] {
+        for per_mille in [100, 500, 990] {
             let (ours, floor) = (
                 quantile(&mut ours, per_mille),
                 quantile(&mut floor, per_mille),
