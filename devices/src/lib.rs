@@ -10,7 +10,7 @@
 //! | [`config_space`], [`registers`] | checked tables for configuration space and BARs; any access becomes whole registers |
 //! | [`boot`], [`clock`], [`irq`] | handshake, time, interrupt causes |
 //! | [`ownership`], [`partition`], [`coherence`], [`scrub`] | who owns HBM, who may touch it now, whether the VMM really maps it |
-//! | [`queue`], `worker`, `ring`, [`packet`], [`engine`], [`atomic`] | doorbells and states; workers; reading ahead; decoding; moving bytes; atomic operations |
+//! | [`queue`], `worker`, `patience`, `ring`, [`packet`], [`engine`], [`atomic`] | doorbells and states; workers; how long they wait awake; reading ahead; decoding; moving bytes; atomic operations |
 //! | [`aperture`] | the BAR through which CPUs reach HBM that is no memory of the machine |
 //! | [`fabric`] | peers of a hive and the links to them |
 //! | `modes` | how HBM can be divided into partitions |
@@ -45,6 +45,7 @@ mod modes;
 pub mod ownership;
 pub mod packet;
 pub mod partition;
+mod patience;
 pub mod queue;
 pub mod registers;
 mod ring;
