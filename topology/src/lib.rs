@@ -39,6 +39,7 @@
 
 pub mod acpi;
 pub mod cloud_hypervisor;
+pub mod device;
 mod error;
 pub mod linux;
 pub mod machine;

@@ -3,12 +3,15 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use numagpu_devices::bus::HbmStore;
 use numagpu_devices::{
     ApertureConfig, Fabric, Gpu, GpuConfig, GpuError, GpuStatus, LinkConfig, PartitionConfig,
+    PciIds,
 };
 use numagpu_topology::Plan;
+use numagpu_topology::device::Device;
 use numagpu_topology::machine::{BackingKind, Exposure};
 use numagpu_topology::plan::Gpu as PlannedGpu;
 use thiserror::Error;
@@ -36,6 +39,30 @@ pub enum InstanceError {
     /// No socket.
     #[error(transparent)]
     Server(#[from] ServerError),
+}
+
+/// `config` with what the description says of the PCI functions.
+fn device(described: &Device, config: GpuConfig) -> GpuConfig {
+    let usual = config.ids;
+    let vendor = described.vendor.as_ref();
+    let vendor = vendor.map_or(usual.vendor, |it| *it.get_ref());
+    let device = described.device.unwrap_or(usual.device);
+    let class = described.class.as_ref();
+    let queues = described.queues.as_ref();
+    let boot = described.boot_us.map(u64::from);
+    GpuConfig {
+        ids: PciIds {
+            vendor,
+            device,
+            subsystem_vendor: described.subsystem_vendor.unwrap_or(vendor),
+            subsystem: described.subsystem.unwrap_or(device),
+            class: class.map_or(usual.class, |it| *it.get_ref()),
+            revision: described.revision.unwrap_or(usual.revision),
+        },
+        queues: queues.map_or(config.queues, |it| *it.get_ref()),
+        boot_delay: boot.map_or(config.boot_delay, Duration::from_micros),
+        ..config
+    }
 }
 
 /// GPUs that wait for a VMM, one socket each.
@@ -183,7 +210,7 @@ impl Instance {
                 cpu_pxm: gpu.cpu_pxm,
                 links: links.collect(),
                 aperture: memory.aperture,
-                ..GpuConfig::new(gpu.index, memory.partitions)
+                ..device(&plan.device, GpuConfig::new(gpu.index, memory.partitions))
             };
             let model =
                 Gpu::new(config, Arc::clone(&fabric)).map_err(|source| InstanceError::Gpu {
@@ -287,6 +314,29 @@ mod tests {
         };
         assert!(Gpu::new(config.clone(), Fabric::new()).is_ok());
         (sizes, memory.files, config)
+    }
+
+    #[test]
+    fn what_the_description_says_of_the_device_is_what_it_is() {
+        let text = "name = \"m\"\n[[cpu]]\ncpus = 1\nmemory = \"1GiB\"\n[[gpu]]\nhbm = \"1GiB\"\ncpu = 0\n\
+            [device]\nvendor = 0x1002\ndevice = 0x74a0\nclass = 0x030200\nrevision = 2\nsubsystem = 7\n\
+            queues = 8\nboot_us = 5\n";
+        let plan = |text| numagpu_topology::plan(&numagpu_topology::parse("m", text).unwrap());
+        let given = device(&plan(text).unwrap().device, GpuConfig::new(0, Vec::new()));
+        let ids = PciIds {
+            vendor: 0x1002,
+            device: 0x74a0,
+            subsystem_vendor: 0x1002,
+            subsystem: 7,
+            class: 0x03_0200,
+            revision: 2,
+        };
+        assert_eq!((given.ids, given.queues), (ids, 8));
+        assert_eq!(given.boot_delay, Duration::from_micros(5));
+        let (plain, _) = text.split_once("[device]").unwrap();
+        let usual = device(&plan(plain).unwrap().device, GpuConfig::new(0, Vec::new()));
+        assert_eq!(usual.ids, PciIds::default());
+        assert_eq!(usual.queues, GpuConfig::new(0, Vec::new()).queues);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::device::Device;
 use crate::error::MachineError;
 use crate::machine::{BackingKind, Exposure, Guest, Machine, PciNode};
 use crate::platform::Holes;
@@ -64,6 +65,9 @@ pub struct Plan {
     /// What the HBM is made of on the host.
     #[serde(skip)]
     pub backing: Backing,
+    /// The GPUs' PCI functions.
+    #[serde(skip)]
+    pub device: Device,
     /// What the reader should know before booting it.
     pub warnings: Vec<String>,
 }
@@ -159,6 +163,12 @@ pub struct Gpu {
     pub hive_size: u32,
     /// Links.
     pub links: Vec<GpuLink>,
+    /// MB/s from the GPU to its own HBM; 0 = not known.
+    #[serde(skip)]
+    pub hbm_bandwidth_mbs: u32,
+    /// Nanoseconds from the GPU to its own HBM; 0 = not known.
+    #[serde(skip)]
+    pub hbm_latency_ns: u32,
 }
 
 /// A range of HBM.
@@ -369,6 +379,7 @@ pub fn plan(machine: &Machine) -> Result<Plan, MachineError> {
         phys_bits: *machine.limits.phys_bits.get_ref(),
         guest: machine.guest.clone(),
         backing: backing(machine),
+        device: machine.device.clone(),
         warnings,
     })
 }
@@ -486,6 +497,8 @@ fn gpus(
             hive_node: hive.node,
             hive_size: hive.size,
             links: links.next().unwrap_or_default(),
+            hbm_bandwidth_mbs: gpu.hbm_bandwidth_mbs,
+            hbm_latency_ns: gpu.hbm_latency_ns,
         });
     }
     Ok(gpus)

@@ -96,6 +96,17 @@ impl Boot {
     }
 }
 
+/// What the GPUs' time stamps mean.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Timing {
+    /// The host's time
+    Off,
+    /// What the machine's bandwidths and latencies give
+    Modelled,
+    /// The same, and work takes that long
+    Paced,
+}
+
 /// Which machine.
 #[derive(clap::Args)]
 pub struct MachineArgs {
@@ -105,6 +116,9 @@ pub struct MachineArgs {
     /// (1 GiB if there is only one). Nodes, distances, links and HBM that is not RAM stay.
     #[arg(long)]
     pub small: bool,
+    /// What the GPUs' time stamps mean, instead of what the description says.
+    #[arg(long, value_enum, value_name = "MODE")]
+    pub timing: Option<Timing>,
 }
 
 /// Arguments of `plan`.

@@ -3,24 +3,32 @@
 use std::path::Path;
 
 use anyhow::anyhow;
+use numagpu_topology::device::Timing;
 use numagpu_topology::{Plan, preset};
 
 use crate::Failure;
-use crate::args::MachineArgs;
+use crate::args::{self, MachineArgs};
 
 /// Largest description that is read; the largest preset has under 10 KiB.
 const MAX_FILE: u64 = 4 << 20;
 
 /// Plans a preset or a file.
-pub fn load(args: &MachineArgs) -> Result<Plan, Failure> {
-    let machine = args.machine.as_str();
+pub fn load(with: &MachineArgs) -> Result<Plan, Failure> {
+    let machine = with.machine.as_str();
     let (file, text) = match preset::find(machine) {
         Some(preset) => (preset.name.to_owned(), preset.source.to_owned()),
         None => (machine.to_owned(), read(machine).map_err(Failure::Input)?),
     };
     let machine =
         numagpu_topology::parse(&file, &text).map_err(|error| Failure::Input(error.into()))?;
-    let machine = if args.small { machine.small() } else { machine };
+    let mut machine = if with.small { machine.small() } else { machine };
+    if let Some(timing) = with.timing {
+        machine.device.timing = match timing {
+            args::Timing::Off => Timing::Off,
+            args::Timing::Modelled => Timing::Modelled,
+            args::Timing::Paced => Timing::Paced,
+        };
+    }
     numagpu_topology::plan(&machine).map_err(|error| Failure::Input(error.into()))
 }
 
