@@ -1,7 +1,7 @@
 //! The copy engine: moves bytes between guest memory, own HBM and peers' HBM for one queue.
 //!
 //! Work goes in chunks of at most [`CHUNK`] bytes. For each chunk the engine finds out anew whose the addresses
-//! are and whether it may touch them, and passes its queue's [`Gate`]; so a reset waits for one chunk at most,
+//! are and whether it may touch them, and passes its queue's `Gate`; so a reset waits for one chunk at most,
 //! and what a driver loses it loses between two chunks. A fault in the middle of a packet leaves what the
 //! chunks before it did.
 //!

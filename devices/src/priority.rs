@@ -1,7 +1,7 @@
 //! Which queue of a GPU goes first.
 //!
 //! While a queue with a higher priority has work, the others wait before each packet and each chunk of one. None
-//! starves: whoever has waited for [`SHARE`] does one chunk. A queue that polls memory has no work meanwhile, since
+//! starves: whoever has waited for a millisecond does one chunk. A queue that polls memory has no work meanwhile, since
 //! it may be waiting for one of the others.
 
 use std::sync::atomic::{AtomicU32, Ordering};
