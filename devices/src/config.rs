@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use numagpu_spec::regs::TimingMode;
 use numagpu_spec::{pci, regs};
 use thiserror::Error;
 
@@ -99,10 +100,17 @@ pub struct GpuConfig {
     pub boot_fault: u32,
     /// Source of time.
     pub clock: Arc<dyn Clock>,
+    /// What time stamps of queues mean, and whether work takes as long.
+    pub timing: TimingMode,
+    /// MB/s of the HBM; 0 = not known, no limit to modelled time.
+    pub hbm_bandwidth_mbs: u32,
+    /// Latency of the HBM in ns; 0 = not known.
+    pub hbm_latency_ns: u32,
 }
 
 impl GpuConfig {
-    /// A GPU on its own: default ids, no aperture, 2 queues, no hive, no links, 1 ms to boot, the host's clock.
+    /// A GPU on its own: default ids, no aperture, 2 queues, no hive, no links, 1 ms to boot, the host's
+    /// clock and speed.
     pub fn new(index: u32, partitions: Vec<PartitionConfig>) -> GpuConfig {
         GpuConfig {
             index,
@@ -118,6 +126,9 @@ impl GpuConfig {
             boot_delay: Duration::from_millis(1),
             boot_fault: 0,
             clock: Arc::new(HostClock::new()),
+            timing: TimingMode::Off,
+            hbm_bandwidth_mbs: 0,
+            hbm_latency_ns: 0,
         }
     }
 

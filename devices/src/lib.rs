@@ -12,7 +12,8 @@
 //! | [`ownership`], [`partition`], [`coherence`], [`scrub`] | who owns HBM, who may touch it now, whether the VMM really maps it |
 //! | [`queue`], `worker`, `patience`, `ring`, [`packet`], [`engine`], [`atomic`] | doorbells and states; workers; how long they wait awake; reading ahead; decoding; moving bytes; atomic operations |
 //! | [`aperture`] | the BAR through which CPUs reach HBM that is no memory of the machine |
-//! | [`fabric`] | peers of a hive and the links to them |
+//! | [`priority`], [`timing`] | which queue goes first; modelled and paced time |
+//! | [`fabric`], [`link`], `route` | peers of a hive, the links to them, the ways over several |
 //! | `modes` | how HBM can be divided into partitions |
 //! | [`memory`] | HBM in the memory of this process |
 //!
@@ -20,8 +21,7 @@
 //! wait for no copy; engines touch only what the queue's token owns at that moment; after a reset or a detach no
 //! worker touches memory.
 //!
-//! Not implemented yet: modelled and paced timing; fault injection
-//! other than boot faults and links that go down; resizable BARs.
+//! Not implemented yet: fault injection other than boot faults and links that go down or lose lanes; resizable BARs.
 
 #![forbid(unsafe_code)]
 
@@ -40,21 +40,25 @@ pub mod fabric;
 pub mod gpu;
 pub mod irq;
 pub mod limit;
+pub mod link;
 pub mod memory;
 mod modes;
 pub mod ownership;
 pub mod packet;
 pub mod partition;
 mod patience;
+pub mod priority;
 pub mod queue;
 pub mod registers;
 mod ring;
+mod route;
 pub mod scrub;
 #[cfg(any(test, feature = "test-support"))]
 pub mod test_support;
 #[cfg(test)]
 mod tests;
 mod ticker;
+pub mod timing;
 mod worker;
 
 pub use aperture::ApertureConfig;

@@ -85,7 +85,7 @@
 #define NUMAGPU_RING_MAX 0x1000000u
 /* No operation; bits 29:16 of the header give the number of further words to skip. */
 #define NUMAGPU_SDMA_OP_NOP 0u
-/* Copy; sub-opcode `SUBOP_COPY_LINEAR`. */
+/* Copy; sub-opcode `SUBOP_COPY_LINEAR` or `SUBOP_COPY_SUB_WINDOW`. */
 #define NUMAGPU_SDMA_OP_COPY 1u
 /* Write of words that follow in the packet; sub-opcode `SUBOP_WRITE_LINEAR`. */
 #define NUMAGPU_SDMA_OP_WRITE 2u
@@ -103,6 +103,8 @@
 #define NUMAGPU_SDMA_OP_TIMESTAMP 0xdu
 /* Linear copy. */
 #define NUMAGPU_SDMA_SUBOP_COPY_LINEAR 0u
+/* Copy of a box of elements from one surface to another, both with pitches. */
+#define NUMAGPU_SDMA_SUBOP_COPY_SUB_WINDOW 4u
 /* Linear write. */
 #define NUMAGPU_SDMA_SUBOP_WRITE_LINEAR 0u
 /* Sets the queue's local time. */
@@ -127,6 +129,22 @@
 #define NUMAGPU_SDMA_ATOMIC_WORDS 8u
 /* Words of a timestamp: header, then low/high of the address, or for a set of the new time in ns. */
 #define NUMAGPU_SDMA_TIMESTAMP_WORDS 3u
+/* Words of a sub-window copy: header, of source and then of destination (address low/high, y << 16 | x, (pitch - 1) << 13 | z, slice pitch - 1), (rows - 1) << 16 | columns - 1, slices - 1. */
+#define NUMAGPU_SDMA_COPY_SUB_WINDOW_WORDS 0xdu
+/* Position of the element's size in a sub-window copy's header (31:29): its bytes are 1 << size. */
+#define NUMAGPU_SDMA_WINDOW_ELEMENT_SHIFT 0x1du
+/* Largest size of an element: 16 bytes. */
+#define NUMAGPU_SDMA_WINDOW_ELEMENT_MAX 4u
+/* Bits of a column of a sub-window copy (13:0), and of a row above `WINDOW_Y_SHIFT`. */
+#define NUMAGPU_SDMA_WINDOW_XY_MASK 0x3fffu
+/* Position of the row (29:16). */
+#define NUMAGPU_SDMA_WINDOW_Y_SHIFT 0x10u
+/* Bits of a slice (10:0). */
+#define NUMAGPU_SDMA_WINDOW_Z_MASK 0x7ffu
+/* Position of the pitch - 1, in elements (31:13). */
+#define NUMAGPU_SDMA_WINDOW_PITCH_SHIFT 0xdu
+/* Bits of the slice pitch - 1, in elements (27:0). */
+#define NUMAGPU_SDMA_WINDOW_SLICE_MASK 0xfffffffu
 /* Header bit of a poll that polls memory; without it a register is meant, which this device does not have. */
 #define NUMAGPU_SDMA_POLL_MEMORY 0x80000000u
 /* Position of the comparison in a poll's header (30:28), one of `PollFunction`. */

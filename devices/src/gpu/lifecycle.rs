@@ -64,7 +64,7 @@ impl Gpu {
         registers.reset();
         doorbells.reset();
         msix.reset();
-        member.links.iter().for_each(LinkEnd::clear_errors);
+        member.links.iter().for_each(LinkEnd::clear_counters);
         match kind {
             ResetKind::Function if self.change_mode(request, Event::PartitionChange) => {}
             ResetKind::Hot if self.change_mode(request, Event::PartitionChange) => {}

@@ -30,10 +30,12 @@ use crate::irq::Irq;
 use crate::modes::Modes;
 use crate::ownership::{Circumstances, Event};
 use crate::partition::{Partition, PartitionStatus};
+use crate::priority::Priorities;
 use crate::queue::{Queue, QueueStatus, Setup};
 use crate::registers::{RegisterFile, RegisterMap, TableError};
 use crate::scrub::Scrubber;
 use crate::ticker::Ticker;
+use crate::timing::Timing;
 
 type Map = LazyLock<Result<RegisterMap, TableError>>;
 static REGISTERS: Map = LazyLock::new(|| RegisterMap::new(regs::BLOCKS, pci::BAR_REGISTERS_SIZE));
@@ -126,13 +128,14 @@ impl Gpu {
                 node,
             },
             modes: Modes::new(&config.partitions, config.aperture.is_some()),
-            links: config.links.iter().map(|l| LinkEnd::new(l.peer)).collect(),
+            links: config.links.iter().map(LinkEnd::new).collect(),
         });
         fabric.join(Arc::clone(&member))?;
         let aperture = config
             .aperture
             .map(|_| Aperture::new(member.modes.planned()));
         let bus_master = Arc::new(AtomicBool::new(false));
+        let priorities = Arc::new(Priorities::default());
         let irq = Arc::new(Irq::new(Arc::clone(&registers), Arc::clone(&bus_master)));
         Ok(Arc::new_cyclic(|myself| Gpu {
             fabric,
@@ -155,7 +158,7 @@ impl Gpu {
             msix,
             boot: Boot::new(config.boot_delay, config.boot_fault),
             queues: (0..config.queues)
-                .map(|index| Queue::new(index, Arc::clone(&irq)))
+                .map(|index| Queue::new(index, Arc::clone(&irq), Arc::clone(&priorities)))
                 .collect(),
             irq,
             config,
@@ -270,6 +273,7 @@ impl Gpu {
             ring_base: get(&queue::RING_BASE),
             ring_size: u32::try_from(get(&queue::RING_SIZE)).unwrap_or(0),
             writeback: get(&queue::RPTR_WRITEBACK),
+            priority: u32::try_from(get(&queue::PRIORITY)).unwrap_or(0),
             reach: Reach {
                 place: self.member.place,
                 token: get(&queue::TOKEN),
@@ -277,6 +281,11 @@ impl Gpu {
                 dma: attachment.as_ref().map(|a| Arc::clone(&a.dma)),
                 dma_allowed: Arc::clone(&self.dma_allowed),
                 clock: Arc::clone(&self.config.clock),
+                timing: Timing {
+                    mode: self.config.timing,
+                    hbm_bandwidth_mbs: self.config.hbm_bandwidth_mbs,
+                    hbm_latency_ns: self.config.hbm_latency_ns,
+                },
             },
         }
     }

@@ -1,8 +1,8 @@
 //! What the registers of BAR 0 show.
 
 use numagpu_spec::regs::{
-    self, BOOT_START, BlockId, Caps, LINK_PEER_CPU, LinkState, NO_PXM, boot, clock, discovery,
-    identity, irq, link, partition, queue, ras, topology,
+    self, BOOT_START, BlockId, Caps, LINK_PEER_CPU, NO_PXM, boot, clock, discovery, identity, irq,
+    link, partition, queue, ras, topology,
 };
 use numagpu_spec::{pci, sdma, table::Block};
 
@@ -41,6 +41,7 @@ impl RegisterDevice for Gpu {
             identity::BASE => self.read_identity(offset, stored),
             boot::BASE => self.read_boot(offset, stored),
             irq::BASE => stored,
+            clock::BASE if offset == clock::MODE.offset => self.config.timing.code().into(),
             clock::BASE => self.now(),
             topology::BASE => self.read_topology(offset, stored),
             ras::BASE => stored,
@@ -137,18 +138,15 @@ impl Gpu {
         };
         match offset {
             o if o == link::PEER.offset => config.peer.unwrap_or(LINK_PEER_CPU).into(),
-            o if o == link::STATE.offset => {
-                let state = if end.is_up() {
-                    LinkState::Up
-                } else {
-                    LinkState::Down
-                };
-                state.code().into()
-            }
+            o if o == link::STATE.offset => end.state().code().into(),
             o if o == link::WIDTH.offset => config.width.into(),
             o if o == link::BANDWIDTH_MBS.offset => config.bandwidth_mbs.into(),
             o if o == link::LATENCY_NS.offset => config.latency_ns.into(),
             o if o == link::ERRORS.offset => end.errors().into(),
+            o if o == link::WIDTH_NOW.offset => end.lanes().into(),
+            o if o == link::BANDWIDTH_NOW_MBS.offset => end.bandwidth_now_mbs().into(),
+            o if o == link::BYTES_OUT.offset => end.bytes_out(),
+            o if o == link::BYTES_IN.offset => end.bytes_in(),
             _ => 0,
         }
     }
@@ -196,6 +194,10 @@ impl Gpu {
             o if o == queue::FAULT_ADDR.offset => status.fault_address,
             o if o == queue::FAULT_PACKET.offset => status.fault_packet,
             o if o == queue::PACKETS.offset => status.packets,
+            o if o == queue::TRAP_CONTEXT.offset => status.trap_context.into(),
+            o if o == queue::BUSY_NS.offset => status.busy_ns,
+            o if o == queue::STAMP_START_NS.offset => status.stamp_start_ns,
+            o if o == queue::STAMP_END_NS.offset => status.stamp_end_ns,
             _ => stored,
         }
     }

@@ -13,6 +13,7 @@ mod lifecycle;
 mod ownership;
 mod packets;
 mod partitions;
+mod timing;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -305,23 +305,31 @@ fn packet_section(comments: &Comments) -> Result<String> {
             format!("{}.", what.trim_end_matches('.')),
         ]);
     }
-    for (name, sub) in [
-        ("SUBOP_TIMESTAMP_SET", sdma::SUBOP_TIMESTAMP_SET),
-        ("SUBOP_TIMESTAMP_GET", sdma::SUBOP_TIMESTAMP_GET),
+    let timestamp = (sdma::OP_TIMESTAMP, "TIMESTAMP_WORDS", sdma::TIMESTAMP_WORDS);
+    let window = (
+        sdma::OP_COPY,
+        "COPY_SUB_WINDOW_WORDS",
+        sdma::COPY_SUB_WINDOW_WORDS,
+    );
+    for (name, sub, (op, constant, count)) in [
+        ("SUBOP_COPY_SUB_WINDOW", sdma::SUBOP_COPY_SUB_WINDOW, window),
+        ("SUBOP_TIMESTAMP_SET", sdma::SUBOP_TIMESTAMP_SET, timestamp),
+        ("SUBOP_TIMESTAMP_GET", sdma::SUBOP_TIMESTAMP_GET, timestamp),
         (
             "SUBOP_TIMESTAMP_GET_GLOBAL",
             sdma::SUBOP_TIMESTAMP_GET_GLOBAL,
+            timestamp,
         ),
     ] {
-        let layout = comments.on("TIMESTAMP_WORDS")?;
+        let layout = comments.on(constant)?;
         let layout = layout
             .rsplit_once(": ")
             .map_or(layout, |(_, layout)| layout);
         rows.push([
             format!("`{}`", name.trim_start_matches("SUBOP_")),
-            sdma::OP_TIMESTAMP.to_string(),
+            op.to_string(),
             sub.to_string(),
-            sdma::TIMESTAMP_WORDS.to_string(),
+            count.to_string(),
             layout.trim_end_matches('.').to_owned(),
             comments.on(name)?.to_owned(),
         ]);
@@ -340,6 +348,9 @@ fn packet_section(comments: &Comments) -> Result<String> {
          - Counts are bytes minus one for copy and fill, in bits 21:0, so one packet moves at most \
          {:#x} bytes; a linear write has words minus one, in bits 19:0, and its data in the packet \
          after the {} words of the table.\n\
+         - A sub-window copy moves a box of elements of 1 << bits 31:29 of the header bytes, at most \
+         16; pitches count elements. It goes row by row, the first row first; overlap matters within \
+         a row only as for a linear copy.\n\
          - Addresses of a fence, a linear write and a fill by words are multiples of 4.\n\
          - Bits 31:30 of a fill's header are 0 for a fill with the value's low byte, 2 for one with \
          the whole word.\n\
