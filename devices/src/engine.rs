@@ -18,6 +18,7 @@ use crate::atomic::{Atomic, Outcome};
 use crate::bus::{DmaAccess, DmaError, DmaPort};
 use crate::clock::Clock;
 use crate::fabric::{Fabric, Place};
+use crate::health::BadMemory;
 use crate::packet::{Plane, Window};
 use crate::partition::Entry;
 use crate::route::{Seen, View};
@@ -111,6 +112,24 @@ enum Owner<'e> {
     Ram(&'e dyn DmaPort),
 }
 
+/// What is done to a word.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Touch {
+    Load,
+    Store,
+    /// Load and store in one.
+    Change,
+}
+
+impl Touch {
+    fn access(self) -> DmaAccess {
+        match self {
+            Touch::Load => DmaAccess::Read,
+            Touch::Store | Touch::Change => DmaAccess::Write,
+        }
+    }
+}
+
 /// A range that lies in one place.
 struct Span<'e> {
     owner: Owner<'e>,
@@ -120,6 +139,12 @@ struct Span<'e> {
 
 fn fault(code: QueueFault, address: u64) -> Fault {
     Fault { code, address }
+}
+
+impl From<BadMemory> for Fault {
+    fn from(bad: BadMemory) -> Fault {
+        fault(bad.code, bad.address)
+    }
 }
 
 fn dma_fault(error: DmaError, address: u64) -> Fault {
@@ -139,6 +164,29 @@ impl Span<'_> {
                 Ok(entry) => Ok(Some(entry)),
                 Err(code) => Err(fault(code, self.address)),
             },
+        }
+    }
+
+    /// Whether the first `len` bytes, if they are HBM, are fit to be read.
+    fn readable(&self, len: u64) -> Result<(), Fault> {
+        match &self.owner {
+            Owner::Ram(_) => Ok(()),
+            Owner::Hbm(seen, _) => Ok(seen.partition.health().check_read(self.address, len)?),
+        }
+    }
+
+    /// Whether the first `len` bytes, if they are HBM, are fit to be written.
+    fn writable(&self, len: u64) -> Result<(), Fault> {
+        match &self.owner {
+            Owner::Ram(_) => Ok(()),
+            Owner::Hbm(seen, _) => Ok(seen.partition.health().check_write(self.address, len)?),
+        }
+    }
+
+    /// The first `len` bytes have new contents.
+    fn renewed(&self, len: u64) {
+        if let Owner::Hbm(seen, _) = &self.owner {
+            seen.partition.health().wrote(self.address, len);
         }
     }
 
@@ -289,6 +337,7 @@ impl<'r> Engine<'r> {
             self.refresh();
             let span = self.span(position, (data.len() - done) as u64)?;
             let _entry = span.enter(self.reach.token)?;
+            span.readable(span.len)?;
             let mut failed = false;
             span.pieces(span.len, DmaAccess::Read, &mut |at, piece| {
                 let to = data.get_mut(done + at..);
@@ -329,7 +378,7 @@ impl<'r> Engine<'r> {
     /// # Errors
     /// The fault; `address` must be a multiple of 4.
     pub(crate) fn load32(&mut self, address: u64) -> Result<u32, Fault> {
-        self.word(address, 4, DmaAccess::Read, &|piece| {
+        self.word(address, 4, Touch::Load, &|piece| {
             piece.load(0, Ordering::Acquire).ok().map(u32::from_le)
         })
     }
@@ -339,7 +388,7 @@ impl<'r> Engine<'r> {
     /// # Errors
     /// The fault; `address` must be a multiple of the operation's width.
     pub(crate) fn atomic(&mut self, address: u64, atomic: &Atomic) -> Result<Outcome, Fault> {
-        self.word(address, atomic.bytes(), DmaAccess::Write, &|piece| {
+        self.word(address, atomic.bytes(), Touch::Change, &|piece| {
             atomic.apply(piece)
         })
     }
@@ -350,9 +399,7 @@ impl<'r> Engine<'r> {
         len: u64,
         f: &dyn Fn(&VolatileSlice<'_>) -> bool,
     ) -> Result<(), Fault> {
-        self.word(address, len, DmaAccess::Write, &|piece| {
-            f(piece).then_some(())
-        })
+        self.word(address, len, Touch::Store, &|piece| f(piece).then_some(()))
     }
 
     /// Calls `f` with the `len` bytes at `address`, which it answers with `None` if it cannot use them.
@@ -360,13 +407,18 @@ impl<'r> Engine<'r> {
         &mut self,
         address: u64,
         len: u64,
-        access: DmaAccess,
+        touch: Touch,
         f: &dyn Fn(&VolatileSlice<'_>) -> Option<T>,
     ) -> Result<T, Fault> {
         end(address, len)?;
         self.refresh();
         let span = self.span(address, len)?;
         let _entry = span.enter(self.reach.token)?;
+        if touch != Touch::Store {
+            span.readable(len)?;
+        }
+        span.writable(len)?;
+        let access = touch.access();
         // Bulk data may have gone past the cache: no store of ours may overtake it.
         fence(Ordering::SeqCst);
         let mut result = None;
@@ -416,6 +468,17 @@ impl Engine<'_> {
             self.cost.add(len, &parts);
             done += len.max(1);
         }
+        self.renew(destination, done)
+    }
+
+    /// All of a range has new contents: chunks alone do not make good a line that lies in two of them.
+    fn renew(&self, address: u64, len: u64) -> Result<(), Stop> {
+        let mut done = 0;
+        while len > CHUNK && done < len {
+            let span = self.span(address.saturating_add(done), len - done)?;
+            span.renewed(span.len);
+            done += span.len.max(1);
+        }
         Ok(())
     }
 
@@ -446,13 +509,15 @@ impl Engine<'_> {
             }
             rest = start;
         }
-        Ok(())
+        self.renew(destination, len)
     }
 
     /// Copies `len` bytes from one place to another; gives what limits that.
     fn chunk(&self, from: &Span<'_>, to: &Span<'_>, len: u64) -> Result<[Part; 2], Fault> {
         let _from_entry = from.enter(self.reach.token)?;
         let _to_entry = to.enter(self.reach.token)?;
+        from.readable(len)?;
+        to.writable(len)?;
         match (&from.owner, &to.owner) {
             (Owner::Ram(dma), Owner::Ram(_)) => {
                 let copied = dma.copy(from.address, to.address, len);
@@ -479,6 +544,7 @@ impl Engine<'_> {
         }
         self.count(from, len, DmaAccess::Read);
         self.count(to, len, DmaAccess::Write);
+        to.renewed(len);
         Ok([self.part(from), self.part(to)])
     }
 
@@ -508,6 +574,7 @@ impl Engine<'_> {
             self.refresh();
             let span = self.span(destination + done, CHUNK.min(len - done))?;
             let entry = span.enter(self.reach.token)?;
+            span.writable(span.len)?;
             span.pieces(span.len, DmaAccess::Write, &mut |at, piece| {
                 let mut filled = 0;
                 while filled < piece.len() {
@@ -522,11 +589,12 @@ impl Engine<'_> {
             })?;
             let (len, part) = (span.len, self.part(&span));
             self.count(&span, len, DmaAccess::Write);
+            span.renewed(len);
             drop(entry);
             self.cost.add(len, &[part]);
             done += len.max(1);
         }
-        Ok(())
+        self.renew(destination, done)
     }
 
     /// Copies a box of elements row by row, the first row first; each row as [`Engine::copy`] does it.

@@ -9,8 +9,11 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use numagpu_spec::pci;
+use numagpu_spec::regs::IrqBits;
 use thiserror::Error;
 
+use crate::irq::Irq;
 pub use crate::link::LinkEnd;
 use crate::modes::Modes;
 use crate::partition::Partition;
@@ -79,6 +82,7 @@ pub(crate) struct Member {
     pub(crate) place: Place,
     pub(crate) modes: Modes,
     pub(crate) links: Vec<LinkEnd>,
+    pub(crate) irq: Arc<Irq>,
 }
 
 /// Whose an address is.
@@ -176,10 +180,19 @@ impl Fabric {
         if changes.is_empty() {
             return Err(FabricError::NoLink { hive, from, to });
         }
-        changes
-            .iter()
-            .for_each(|(end, lanes)| end.set_lanes(*lanes));
+        let mut changed = false;
+        for (end, lanes) in changes {
+            changed |= end.set_lanes(lanes);
+        }
+        if !changed {
+            return Ok(());
+        }
         self.changed();
+        let told = [from, to].map(|node| inner.members.get(&Place { hive, node }).cloned());
+        drop(inner);
+        for member in told.iter().flatten() {
+            member.irq.raise(IrqBits::LINK.bits(), pci::VECTOR_EVENTS);
+        }
         Ok(())
     }
 

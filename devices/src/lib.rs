@@ -14,6 +14,7 @@
 //! | [`aperture`] | the BAR through which CPUs reach HBM that is no memory of the machine |
 //! | [`priority`], [`timing`] | which queue goes first; modelled and paced time |
 //! | [`fabric`], [`link`], `route` | peers of a hive, the links to them, the ways over several |
+//! | [`health`], [`inject`] | memory errors and retired pages; faults on demand |
 //! | `modes` | how HBM can be divided into partitions |
 //! | [`memory`] | HBM in the memory of this process |
 //!
@@ -21,7 +22,7 @@
 //! wait for no copy; engines touch only what the queue's token owns at that moment; after a reset or a detach no
 //! worker touches memory.
 //!
-//! Not implemented yet: fault injection other than boot faults and links that go down or lose lanes; resizable BARs.
+//! Not implemented: resizable BARs.
 
 #![forbid(unsafe_code)]
 
@@ -38,6 +39,8 @@ pub mod config_space;
 pub mod engine;
 pub mod fabric;
 pub mod gpu;
+pub mod health;
+pub mod inject;
 pub mod irq;
 pub mod limit;
 pub mod link;

@@ -96,11 +96,15 @@ impl LinkEnd {
         self.bytes_in.fetch_add(bytes, Ordering::AcqRel);
     }
 
-    /// Lets `lanes` lanes, at most its width, carry traffic. Fewer than before count as an error.
-    pub(crate) fn set_lanes(&self, lanes: u32) {
-        if self.lanes.swap(lanes.min(self.width), Ordering::AcqRel) > lanes {
+    /// Lets `lanes` lanes, at most its width, carry traffic. Fewer than before count as an error. Whether it is another
+    /// number than before.
+    pub(crate) fn set_lanes(&self, lanes: u32) -> bool {
+        let lanes = lanes.min(self.width);
+        let before = self.lanes.swap(lanes, Ordering::AcqRel);
+        if before > lanes {
             self.errors.fetch_add(1, Ordering::AcqRel);
         }
+        before != lanes
     }
 
     /// Sets errors and bytes to zero; lanes stay as they are.

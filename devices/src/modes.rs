@@ -13,6 +13,7 @@ use vm_memory::{VolatileMemoryError, VolatileSlice};
 
 use crate::bus::{BackingId, HbmStore};
 use crate::config::PartitionConfig;
+use crate::health::Health;
 use crate::partition::Partition;
 
 /// Parts are multiples of this, in bytes: the size of a huge page on x86-64.
@@ -27,7 +28,11 @@ pub(crate) struct Modes {
 
 impl Modes {
     /// The modes of a GPU whose planned partitions passed the check; the planned one is in force.
-    pub(crate) fn new(planned: &[PartitionConfig], in_aperture: bool) -> Modes {
+    pub(crate) fn new(
+        planned: &[PartitionConfig],
+        in_aperture: bool,
+        health: &Arc<Health>,
+    ) -> Modes {
         let most = MAX_PARTITIONS as usize / planned.len().max(1);
         let ways = 1..=if planned.is_empty() { 1 } else { most as u64 };
         let fits = |ways: &u64| {
@@ -36,7 +41,7 @@ impl Modes {
         };
         let mode = |ways: u64| {
             let parts = planned.iter().flat_map(|whole| divide(whole, ways));
-            let partition = |part| Arc::new(Partition::new(&part, in_aperture));
+            let partition = |part| Arc::new(Partition::new(&part, in_aperture, health));
             parts.map(partition).collect()
         };
         Modes {
@@ -173,7 +178,7 @@ mod tests {
             (&[], 1),
         ];
         for (sizes, possible) in cases {
-            let modes = Modes::new(&planned(sizes), false);
+            let modes = Modes::new(&planned(sizes), false, &Arc::default());
             assert_eq!(modes.possible(), possible, "{sizes:?}");
             assert_eq!(modes.active().len(), sizes.len());
         }
@@ -182,7 +187,7 @@ mod tests {
     #[test]
     fn parts_cover_the_memory_and_nothing_else() {
         let planned = planned(&[8 << 20, 16 << 20]);
-        let modes = Modes::new(&planned, false);
+        let modes = Modes::new(&planned, false, &Arc::default());
         modes.activate(8);
         let parts = modes.active();
         let ranges: Vec<_> = parts
@@ -222,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_mode_that_is_not_there_is_not_activated() {
-        let modes = Modes::new(&planned(&[16 << 20]), false);
+        let modes = Modes::new(&planned(&[16 << 20]), false, &Arc::default());
         assert!(modes.other(3).is_none());
         assert!(modes.other(1).is_none(), "it is in force");
         assert_eq!(modes.other(8).map(<[_]>::len), Some(8));

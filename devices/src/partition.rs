@@ -4,7 +4,7 @@
 //! token; whoever takes the ownership away changes the token first and then waits until every engine has left.
 //! After that the memory is touched by nobody but the scrubber.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use numagpu_spec::regs::{
 use crate::bus::{DmaPort, HbmStore};
 use crate::coherence;
 use crate::config::PartitionConfig;
+use crate::health::Health;
 use crate::ownership::{Circumstances, Duty, ENDLESS, Event, Machine, Step};
 
 /// Pause between two looks at the gate: about the time of one chunk of a copy.
@@ -29,6 +30,7 @@ pub struct Partition {
     pxm: Option<u32>,
     store: Arc<dyn HbmStore>,
     in_aperture: bool,
+    health: Arc<Health>,
     // Volatile state.
     /// A leaf lock, held for a step of the table only.
     machine: Mutex<Machine>,
@@ -42,6 +44,7 @@ pub struct Partition {
     coherence: AtomicU32,
     /// Engines at work inside.
     users: AtomicU32,
+    fail_scrub: AtomicBool,
 }
 
 /// Snapshot of a partition.
@@ -78,7 +81,11 @@ impl Drop for Entry<'_> {
 
 impl Partition {
     /// A free partition that no VMM maps yet. The caller has checked the configuration.
-    pub(crate) fn new(config: &PartitionConfig, in_aperture: bool) -> Partition {
+    pub(crate) fn new(
+        config: &PartitionConfig,
+        in_aperture: bool,
+        health: &Arc<Health>,
+    ) -> Partition {
         let coherence = if in_aperture {
             Coherence::Aperture
         } else {
@@ -90,6 +97,7 @@ impl Partition {
             pxm: config.pxm,
             store: Arc::clone(&config.store),
             in_aperture,
+            health: Arc::clone(health),
             machine: Mutex::new(Machine::new()),
             owner: AtomicU64::new(0),
             state: AtomicU32::new(OwnerState::Free.code()),
@@ -99,6 +107,7 @@ impl Partition {
             lease_end: AtomicU64::new(0),
             coherence: AtomicU32::new(coherence.code()),
             users: AtomicU32::new(0),
+            fail_scrub: AtomicBool::new(false),
         }
     }
 
@@ -125,6 +134,11 @@ impl Partition {
     /// Its memory.
     pub fn store(&self) -> &Arc<dyn HbmStore> {
         &self.store
+    }
+
+    /// Its GPU's memory errors.
+    pub fn health(&self) -> &Health {
+        &self.health
     }
 
     /// `PARTITION.STATE`.
@@ -251,7 +265,17 @@ impl Partition {
         while self.users.load(Ordering::SeqCst) != 0 {
             std::thread::sleep(GATE_PAUSE);
         }
-        self.store.scrub(0, self.size)
+        if self.fail_scrub.swap(false, Ordering::AcqRel) {
+            return Err(std::io::Error::other("as injected"));
+        }
+        self.store.scrub(0, self.size)?;
+        self.health.wrote(self.base, self.size);
+        Ok(())
+    }
+
+    /// The next scrub fails.
+    pub fn fail_next_scrub(&self) {
+        self.fail_scrub.store(true, Ordering::Release);
     }
 
     /// Snapshot.

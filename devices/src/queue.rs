@@ -5,7 +5,7 @@
 //! holds while memory moves. Each run of a queue has an epoch; a stop ends the epoch, and what a worker of an
 //! ended epoch still wants to publish is dropped.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -165,6 +165,10 @@ pub(crate) struct Shared {
     /// Ends the work of every worker that began with another value.
     epoch: AtomicU64,
     shown: Shown,
+    /// The engine stands still until a reset of the queue.
+    hung: AtomicBool,
+    /// Doorbells that get lost.
+    lose_doorbells: AtomicU32,
     log: LogLimit,
 }
 
@@ -196,6 +200,8 @@ impl Queue {
                 ended: Condvar::new(),
                 epoch: AtomicU64::new(0),
                 shown: Shown::default(),
+                hung: AtomicBool::new(false),
+                lose_doorbells: AtomicU32::new(0),
                 log: LogLimit::default(),
             }),
             worker: Mutex::new(None),
@@ -260,6 +266,7 @@ impl Queue {
     pub fn reset(&self) {
         let control = self.shared.halt();
         self.shared.shown.clear();
+        self.shared.hung.store(false, Ordering::SeqCst);
         self.shared.show_state(QueueState::Disabled);
         drop(control);
     }
@@ -272,6 +279,11 @@ impl Queue {
         let Some(run) = control.run.clone() else {
             return;
         };
+        let lost = &shared.lose_doorbells;
+        let lost = lost.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+        if lost.is_ok() {
+            return;
+        }
         let rptr = shared.shown.rptr.load(Ordering::Acquire);
         let room = u64::from(run.setup.ring_size);
         let ahead = wptr.checked_sub(rptr);
@@ -297,6 +309,16 @@ impl Queue {
             // Full means that a kick waits already.
             let _full = worker.kick.try_send(Instant::now());
         }
+    }
+
+    /// The engine stands still in the middle of its work, without a fault, until a reset of the queue.
+    pub(crate) fn hang(&self) {
+        self.shared.hung.store(true, Ordering::SeqCst);
+    }
+
+    /// The next `count` doorbells get lost.
+    pub(crate) fn lose_doorbells(&self, count: u32) {
+        self.shared.lose_doorbells.store(count, Ordering::SeqCst);
     }
 
     /// Snapshot; the values may come from neighbouring moments.
@@ -471,6 +493,14 @@ impl Shared {
         let waited = self.ended.wait_timeout(control, time);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
         run.leave(self).check()
+    }
+
+    /// Stays here while the engine is hung.
+    pub(crate) fn stand_still(&self, run: &Run) -> Result<(), Stop> {
+        while self.hung.load(Ordering::SeqCst) {
+            self.pause(run, Duration::from_secs(1))?;
+        }
+        Ok(())
     }
 
     /// Raises the queue's interrupt for a trap of `run`.

@@ -187,6 +187,7 @@ fn drain(session: &mut Session<'_>, ring: &mut Ring) -> Result<(), Stop> {
     let mut produced = None;
     loop {
         run.leave(shared).check()?;
+        shared.stand_still(run)?;
         let (rptr, wptr) = shared.pointers();
         let available = wptr.saturating_sub(rptr);
         if available == 0 {

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use numagpu_devices::bus::HbmStore;
+use numagpu_devices::spec::regs::TimingMode;
 use numagpu_devices::{
     ApertureConfig, Fabric, Gpu, GpuConfig, GpuError, GpuStatus, LinkConfig, PartitionConfig,
     PciIds,
 };
 use numagpu_topology::Plan;
-use numagpu_topology::device::Device;
+use numagpu_topology::device::{Device, Timing};
 use numagpu_topology::machine::{BackingKind, Exposure};
 use numagpu_topology::plan::Gpu as PlannedGpu;
 use thiserror::Error;
@@ -62,6 +63,14 @@ fn device(described: &Device, config: GpuConfig) -> GpuConfig {
         queues: queues.map_or(config.queues, |it| *it.get_ref()),
         boot_delay: boot.map_or(config.boot_delay, Duration::from_micros),
         ..config
+    }
+}
+
+fn timing(described: Timing) -> TimingMode {
+    match described {
+        Timing::Off => TimingMode::Off,
+        Timing::Modelled => TimingMode::Modelled,
+        Timing::Paced => TimingMode::Paced,
     }
 }
 
@@ -210,6 +219,9 @@ impl Instance {
                 cpu_pxm: gpu.cpu_pxm,
                 links: links.collect(),
                 aperture: memory.aperture,
+                timing: timing(plan.device.timing),
+                hbm_bandwidth_mbs: gpu.hbm_bandwidth_mbs,
+                hbm_latency_ns: gpu.hbm_latency_ns,
                 ..device(&plan.device, GpuConfig::new(gpu.index, memory.partitions))
             };
             let model =

@@ -31,7 +31,7 @@ impl Gpu {
     }
 
     /// The body of a reset, under `lifecycle`.
-    pub(super) fn reset_function(&self, kind: ResetKind) {
+    pub(crate) fn reset_function(&self, kind: ResetKind) {
         let Gpu {
             fabric: _,
             member,
@@ -50,6 +50,9 @@ impl Gpu {
             doorbells,
             msix,
             boot,
+            health,
+            presence,
+            flaps: _,
             queues,
         } = self;
         let request = registers.get(&topology::BLOCK, 0, &topology::PARTITION_REQUEST);
@@ -64,6 +67,11 @@ impl Gpu {
         registers.reset();
         doorbells.reset();
         msix.reset();
+        health.reset();
+        match kind {
+            ResetKind::Function | ResetKind::Hot => presence.reset(self.now()),
+            ResetKind::Disconnect => presence.power_cycle(),
+        }
         member.links.iter().for_each(LinkEnd::clear_counters);
         match kind {
             ResetKind::Function if self.change_mode(request, Event::PartitionChange) => {}
@@ -133,7 +141,7 @@ impl Gpu {
     /// host's time has come; with a clock of one's own, call it after that moved.
     pub fn tick(&self) -> Option<Duration> {
         let now = self.now();
-        let mut next = None::<u64>;
+        let mut next = self.end_flaps(now);
         for partition in self.partitions() {
             self.scrubber.settle(partition, partition.expire(now));
             next = next.into_iter().chain(partition.lease_end()).min();

@@ -26,6 +26,8 @@ use crate::config::{GpuConfig, GpuError};
 use crate::config_space::{CONFIG_SIZE, ConfigSpace};
 use crate::engine::Reach;
 use crate::fabric::{Fabric, LinkEnd, Member, Place};
+use crate::health::{Health, HealthStatus};
+use crate::inject::{Flap, Presence};
 use crate::irq::Irq;
 use crate::modes::Modes;
 use crate::ownership::{Circumstances, Event};
@@ -69,40 +71,50 @@ pub struct GpuStatus {
     pub queues: Vec<QueueStatus>,
     /// Links.
     pub links: Vec<LinkStatus>,
+    /// Memory errors.
+    pub health: HealthStatus,
+    /// Whether the function answers on the bus.
+    pub present: bool,
     /// MSI-X messages sent since reset.
     pub interrupts: u64,
+    /// Causes of interrupts since power-on, whether a message was sent or not.
+    pub causes: u64,
 }
 
 /// A GPU.
 pub struct Gpu {
     // Runtime glue.
-    fabric: Arc<Fabric>,
-    member: Arc<Member>,
+    pub(crate) fabric: Arc<Fabric>,
+    pub(crate) member: Arc<Member>,
     aperture: Option<Aperture>,
     attachment: Mutex<Option<Attachment>>,
-    irq: Arc<Irq>,
+    pub(crate) irq: Arc<Irq>,
     scrubber: Scrubber,
-    ticker: Ticker,
+    pub(crate) ticker: Ticker,
     // Static configuration.
     config: GpuConfig,
     layout: FunctionLayout,
     // Volatile state.
-    lifecycle: Mutex<()>,
+    pub(crate) lifecycle: Mutex<()>,
     judging: Mutex<()>,
     config_space: Mutex<ConfigSpace>,
     dma_allowed: Arc<AtomicBool>,
-    registers: Arc<RegisterFile<'static>>,
+    pub(crate) registers: Arc<RegisterFile<'static>>,
     doorbells: RegisterFile<'static>,
     msix: RegisterFile<'static>,
-    boot: Boot,
-    queues: Vec<Queue>,
+    pub(crate) boot: Boot,
+    pub(crate) health: Arc<Health>,
+    pub(crate) presence: Presence,
+    pub(crate) flaps: Mutex<Vec<Flap>>,
+    pub(crate) queues: Vec<Queue>,
 }
 
 fn map(map: &'static Map) -> Result<&'static RegisterMap, GpuError> {
     map.as_ref().map_err(|error| GpuError::Table(*error))
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Locks, whatever became of who had it before.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -122,21 +134,23 @@ impl Gpu {
         } else {
             config.node_id
         };
+        let health = Arc::new(Health::default());
+        let bus_master = Arc::new(AtomicBool::new(false));
+        let irq = Arc::new(Irq::new(Arc::clone(&registers), Arc::clone(&bus_master)));
         let member = Arc::new(Member {
             place: Place {
                 hive: config.hive_id,
                 node,
             },
-            modes: Modes::new(&config.partitions, config.aperture.is_some()),
+            modes: Modes::new(&config.partitions, config.aperture.is_some(), &health),
             links: config.links.iter().map(LinkEnd::new).collect(),
+            irq: Arc::clone(&irq),
         });
         fabric.join(Arc::clone(&member))?;
         let aperture = config
             .aperture
             .map(|_| Aperture::new(member.modes.planned()));
-        let bus_master = Arc::new(AtomicBool::new(false));
         let priorities = Arc::new(Priorities::default());
-        let irq = Arc::new(Irq::new(Arc::clone(&registers), Arc::clone(&bus_master)));
         Ok(Arc::new_cyclic(|myself| Gpu {
             fabric,
             member,
@@ -157,6 +171,9 @@ impl Gpu {
             doorbells,
             msix,
             boot: Boot::new(config.boot_delay, config.boot_fault),
+            health,
+            presence: Presence::default(),
+            flaps: Mutex::default(),
             queues: (0..config.queues)
                 .map(|index| Queue::new(index, Arc::clone(&irq), Arc::clone(&priorities)))
                 .collect(),
@@ -184,17 +201,26 @@ impl Gpu {
             partitions: self.partitions().iter().map(|p| p.status()).collect(),
             queues: self.queues.iter().map(Queue::status).collect(),
             links: self.member.links.iter().map(link_status).collect(),
+            health: self.health.status(),
+            present: self.is_present(),
             interrupts: self.irq.raised(),
+            causes: self.irq.causes(),
         }
     }
 
     /// The HBM partitions of the mode in force.
-    fn partitions(&self) -> &[Arc<Partition>] {
+    pub(crate) fn partitions(&self) -> &[Arc<Partition>] {
         self.member.modes.active()
     }
 
-    fn now(&self) -> u64 {
+    pub(crate) fn now(&self) -> u64 {
         self.config.clock.now_ns()
+    }
+
+    /// Whether the function answers on the bus: it was not removed, and is not stuck in a reset.
+    fn is_present(&self) -> bool {
+        // The clock is read only where something is wrong.
+        self.presence.is_always() || self.presence.is_at(self.now())
     }
 
     fn is_ready(&self) -> bool {
@@ -335,10 +361,16 @@ impl PciFunction for Gpu {
     }
 
     fn config_read(&self, offset: u32, data: &mut [u8]) {
+        if !self.is_present() {
+            return data.fill(0xff);
+        }
         lock(&self.config_space).read(offset, data);
     }
 
     fn config_write(&self, offset: u32, data: &[u8]) {
+        if !self.is_present() {
+            return;
+        }
         let (effects, master_off) = {
             let mut space = lock(&self.config_space);
             let was_master = space.bus_master();
@@ -356,6 +388,9 @@ impl PciFunction for Gpu {
     }
 
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        if !self.is_present() {
+            return data.fill(0xff);
+        }
         match bar {
             pci::BAR_REGISTERS => self.registers.read(self, offset, data),
             pci::BAR_DOORBELLS => self.doorbells.read(&DoorbellPage(self), offset, data),
@@ -368,6 +403,9 @@ impl PciFunction for Gpu {
     }
 
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
+        if !self.is_present() {
+            return;
+        }
         match bar {
             pci::BAR_REGISTERS => self.registers.write(self, offset, data),
             pci::BAR_DOORBELLS => self.doorbells.write(&DoorbellPage(self), offset, data),

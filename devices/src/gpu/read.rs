@@ -44,7 +44,7 @@ impl RegisterDevice for Gpu {
             clock::BASE if offset == clock::MODE.offset => self.config.timing.code().into(),
             clock::BASE => self.now(),
             topology::BASE => self.read_topology(offset, stored),
-            ras::BASE => stored,
+            ras::BASE => self.read_ras(offset, stored),
             discovery::BASE => self.read_discovery(at.instance, offset),
             link::BASE => self.read_link(at.instance, offset),
             partition::BASE => self.read_partition(at.instance, offset, stored),
@@ -57,6 +57,7 @@ impl RegisterDevice for Gpu {
         match at.block {
             boot::BASE if value & u64::from(BOOT_START) != 0 => self.boot.start(self.now()),
             topology::BASE => self.request_mode(value),
+            ras::BASE => self.ras_command(value),
             partition::BASE => self.command(at.instance),
             queue::BASE => self.control_queue(at.instance, value),
             _ => {}
@@ -107,6 +108,23 @@ impl Gpu {
             o if o == topology::PARTITION_MODE.offset => self.partitions().len() as u64,
             o if o == topology::PARTITION_MODES.offset => self.member.modes.possible().into(),
             o if o == topology::LINK_COUNT.offset => config.links.len() as u64,
+            _ => stored,
+        }
+    }
+
+    fn read_ras(&self, offset: u32, stored: u64) -> u64 {
+        let health = &self.health;
+        match offset {
+            o if o == ras::CORRECTABLE.offset => health.status().correctable.into(),
+            o if o == ras::UNCORRECTABLE.offset => health.status().uncorrectable.into(),
+            o if o == ras::POISONED.offset => health.status().poisoned.into(),
+            o if o == ras::RETIRED.offset => health.status().retired.into(),
+            o if o == ras::LAST_ADDRESS.offset => health.last().0,
+            o if o == ras::LAST_KIND.offset => health.last().1.into(),
+            o if o == ras::RESULT.offset => health.result_code().into(),
+            o if o == ras::ENTRY.offset => {
+                health.retired(self.registers.get(&ras::BLOCK, 0, &ras::INDEX))
+            }
             _ => stored,
         }
     }
