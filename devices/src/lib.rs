@@ -13,6 +13,7 @@
 //! | [`queue`], `worker`, `ring`, [`packet`], [`engine`], [`atomic`] | doorbells and states; workers; reading ahead; decoding; moving bytes; atomic operations |
 //! | [`aperture`] | the BAR through which CPUs reach HBM that is no memory of the machine |
 //! | [`fabric`] | peers of a hive and the links to them |
+//! | [`kit`] | a PCI function of one's own out of a register table and one trait |
 //! | [`memory`] | HBM in the memory of this process |
 //!
 //! Rules that hold everywhere: nothing that a guest or a client sends makes the crate panic; register accesses
@@ -20,7 +21,7 @@
 //! worker touches memory.
 //!
 //! Not implemented yet: modelled and paced timing; fault injection
-//! other than boot faults and links that go down; resizable BARs.
+//! other than boot faults and links that go down.
 
 #![forbid(unsafe_code)]
 
@@ -38,6 +39,7 @@ pub mod engine;
 pub mod fabric;
 pub mod gpu;
 pub mod irq;
+pub mod kit;
 pub mod limit;
 pub mod memory;
 pub mod ownership;

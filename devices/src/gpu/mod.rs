@@ -23,7 +23,7 @@ use crate::aperture::Aperture;
 use crate::boot::Boot;
 use crate::bus::{Attachment, FunctionLayout, PciFunction, ResetKind};
 use crate::config::{GpuConfig, GpuError};
-use crate::config_space::{CONFIG_SIZE, ConfigSpace};
+use crate::config_space::{CONFIG_SIZE, Capabilities, ConfigSpace, MsixPlace};
 use crate::engine::Reach;
 use crate::fabric::{Fabric, LinkEnd, Member, Place};
 use crate::irq::Irq;
@@ -113,6 +113,11 @@ impl Gpu {
     pub fn new(config: GpuConfig, fabric: Arc<Fabric>) -> Result<Arc<Gpu>, GpuError> {
         config.check()?;
         let bars = config.bars();
+        let capabilities = Capabilities {
+            msix: Some(MsixPlace::GPU),
+            resizable: config.resizable(),
+            ats: false,
+        };
         let registers = Arc::new(RegisterFile::new(map(&REGISTERS)?));
         let doorbells = RegisterFile::new(map(&DOORBELLS)?);
         let msix = RegisterFile::new(map(&MSIX)?);
@@ -143,7 +148,7 @@ impl Gpu {
             scrubber: Scrubber::new(Arc::clone(&irq), Arc::clone(&config.clock)),
             lifecycle: Mutex::new(()),
             judging: Mutex::new(()),
-            config_space: Mutex::new(ConfigSpace::new(&config.ids, &bars)),
+            config_space: Mutex::new(ConfigSpace::new(&config.ids, &bars, &capabilities)),
             layout: FunctionLayout {
                 bars,
                 config_size: u32::try_from(CONFIG_SIZE).unwrap_or(4096),
@@ -231,7 +236,7 @@ impl Gpu {
         boot.reset();
         {
             let mut space = lock(config_space);
-            space.reset();
+            space.reset(kind);
             dma_allowed.store(space.dma_allowed(), Ordering::SeqCst);
         }
         queues.iter().for_each(Queue::reset);
