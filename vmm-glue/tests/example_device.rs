@@ -143,3 +143,32 @@ fn a_function_level_reset_forgets_the_job() {
     assert_eq!(driver.read(SOURCE), 0);
     assert_eq!(driver.job(RAM, RAM + 0x1000, 16), (FAILED, 1), "bus master");
 }
+
+/// Blocks of Rust in a page.
+fn blocks(page: &str) -> Vec<&str> {
+    let parts = page.split("```rust\n").skip(1);
+    parts
+        .map(|part| part.split("```").next().unwrap_or_default())
+        .collect()
+}
+
+#[test]
+fn the_guide_shows_the_example_as_it_is() {
+    let (page, source) = (
+        include_str!("../../docs/guide.md"),
+        include_str!("../examples/checksum.rs"),
+    );
+    let blocks = blocks(page);
+    for block in &blocks {
+        assert!(source.contains(block), "not in the example:\n{block}");
+    }
+    assert_eq!(blocks.len(), 6, "the page's blocks are found");
+    let links = page.split("](../").skip(1);
+    for link in links.filter_map(|rest| rest.split(')').next()) {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("..")
+            .join(link);
+        assert!(path.is_file(), "{link} is linked");
+    }
+    assert!(page.lines().count() < 400 && source.lines().count() < 150);
+}

@@ -90,7 +90,7 @@ fn all(
         unless_picked(&|| check("clippy --workspace --all-targets -- -D warnings"))
     })?;
     // Tests start programs of the workspace that are not of their own package.
-    stages.run("build", || check("build --workspace --bins"))?;
+    stages.run("build", || check("build --workspace --bins --examples"))?;
     stages.run("kvm", || Ok(kvm()))?;
     let dir = dir.unwrap_or_default();
     stages.run("tests", || {
