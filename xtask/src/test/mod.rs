@@ -79,7 +79,7 @@ fn all(
     })?;
     // Software that is not ours, against which outputs are held.
     stages.run("tools", || {
-        guest::host::need(&["iasl", "lstopo-no-graphics"])?;
+        guest::host::need(&["iasl", "lspci", "lstopo-no-graphics"])?;
         Ok(Outcome::Passed)
     })?;
     stages.run("format", || unless_picked(&|| check("fmt --all --check")))?;
