@@ -442,7 +442,12 @@ impl ConfigSpace {
 
     /// Whether the function may do DMA: bus master on, and not in D3hot.
     pub fn dma_allowed(&self) -> bool {
-        self.byte(COMMAND) & COMMAND_BUS_MASTER != 0 && self.byte(PM_CONTROL) & PM_STATE == PM_D0
+        self.bus_master() && self.byte(PM_CONTROL) & PM_STATE == PM_D0
+    }
+
+    /// Whether the bus master bit is set.
+    pub fn bus_master(&self) -> bool {
+        self.byte(COMMAND) & COMMAND_BUS_MASTER != 0
     }
 
     /// Bytes that the resizable BAR decodes now; none if there is none.
@@ -499,7 +504,7 @@ impl ConfigSpace {
     /// Back to power-on. Error reporting survives what is not one (PCIe Base 6.0 section 7.4, "sticky").
     pub fn reset(&mut self, kind: ResetKind) {
         let sticky: Vec<u8> = match kind {
-            ResetKind::Function => {
+            ResetKind::Function | ResetKind::Hot => {
                 let kept = self.values.iter().skip(CAP_AER.into());
                 kept.take((AER_END - CAP_AER).into()).copied().collect()
             }

@@ -10,6 +10,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use thiserror::Error;
 
+use crate::modes::Modes;
 use crate::partition::Partition;
 
 /// Why a GPU cannot join, or a link cannot change.
@@ -93,7 +94,7 @@ pub struct Place {
 /// What a GPU shares with the others.
 pub(crate) struct Member {
     pub(crate) place: Place,
-    pub(crate) partitions: Vec<Arc<Partition>>,
+    pub(crate) modes: Modes,
     pub(crate) links: Vec<LinkEnd>,
 }
 
@@ -109,6 +110,19 @@ struct Inner {
     members: BTreeMap<Place, Arc<Member>>,
     /// By first address.
     windows: BTreeMap<u64, Window>,
+}
+
+impl Inner {
+    /// Lets engines find the partitions of a GPU.
+    fn show(&mut self, place: Place, partitions: &[Arc<Partition>]) {
+        for partition in partitions {
+            let window = Window {
+                place,
+                partition: Arc::clone(partition),
+            };
+            self.windows.insert(partition.base(), window);
+        }
+    }
 }
 
 /// The GPUs of one machine and the links between them.
@@ -206,7 +220,7 @@ impl Fabric {
                 node: place.node,
             });
         }
-        for partition in &member.partitions {
+        for partition in member.modes.planned() {
             let clash = inner.windows.values().find(|other| {
                 partition.base() < other.partition.end() && other.partition.base() < partition.end()
             });
@@ -219,15 +233,19 @@ impl Fabric {
                 });
             }
         }
-        for partition in &member.partitions {
-            let window = Window {
-                place,
-                partition: Arc::clone(partition),
-            };
-            inner.windows.insert(partition.base(), window);
-        }
+        inner.show(place, member.modes.active());
         inner.members.insert(place, member);
         Ok(())
+    }
+
+    /// Puts another mode of a member in force.
+    pub(crate) fn divide(&self, member: &Member, count: usize) {
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        inner
+            .windows
+            .retain(|_, window| window.place != member.place);
+        member.modes.activate(count);
+        inner.show(member.place, member.modes.active());
     }
 
     pub(crate) fn leave(&self, place: Place) {

@@ -1,10 +1,10 @@
 //! Interrupt causes: pending bits, enables, and the message.
 //!
 //! A cause sets its bit in `IRQ.STATUS` whatever is enabled; a message goes out only where `IRQ.ENABLE` has
-//! the bit. Masking of single vectors is the VMM's business, which emulates the MSI-X table. The block's
+//! the bit and the function is bus master. Masking of single vectors is the VMM's business, which emulates the MSI-X table. The block's
 //! registers live in the register file, where the driver's write-1-to-clear meets the device's set atomically.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use numagpu_spec::regs::irq;
@@ -17,14 +17,17 @@ use crate::registers::{RegisterFile, address};
 /// [`InterruptSink::trigger`] must not call back into the function.
 pub struct Irq {
     registers: Arc<RegisterFile<'static>>,
+    /// Whether the function may write to memory, as a message is one (PCI Local Bus 3.0 section 6.8.3).
+    bus_master: Arc<AtomicBool>,
     sink: Mutex<Option<Arc<dyn InterruptSink>>>,
 }
 
 impl Irq {
-    /// The block whose registers are in `registers`.
-    pub fn new(registers: Arc<RegisterFile<'static>>) -> Irq {
+    /// The block whose registers are in `registers`; it sends messages while `bus_master` is set.
+    pub fn new(registers: Arc<RegisterFile<'static>>, bus_master: Arc<AtomicBool>) -> Irq {
         Irq {
             registers,
+            bus_master,
             sink: Mutex::new(None),
         }
     }
@@ -45,6 +48,9 @@ impl Irq {
             cell.fetch_or(u64::from(bits), Ordering::AcqRel);
         });
         if self.registers.get(&irq::BLOCK, 0, &irq::ENABLE) & u64::from(bits) == 0 {
+            return;
+        }
+        if !self.bus_master.load(Ordering::SeqCst) {
             return;
         }
         let sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);

@@ -10,10 +10,11 @@
 //! | [`config_space`], [`registers`] | checked tables for configuration space and BARs; any access becomes whole registers |
 //! | [`boot`], [`clock`], [`irq`] | handshake, time, interrupt causes |
 //! | [`ownership`], [`partition`], [`coherence`], [`scrub`] | who owns HBM, who may touch it now, whether the VMM really maps it |
-//! | [`queue`], `worker`, `ring`, [`packet`], [`engine`], [`atomic`] | doorbells and states; workers; reading ahead; decoding; moving bytes; atomic operations |
+//! | [`queue`], `worker`, `patience`, `ring`, [`packet`], [`engine`], [`atomic`] | doorbells and states; workers; how long they wait awake; reading ahead; decoding; moving bytes; atomic operations |
 //! | [`aperture`] | the BAR through which CPUs reach HBM that is no memory of the machine |
 //! | [`fabric`] | peers of a hive and the links to them |
 //! | [`kit`] | a PCI function of one's own out of a register table and one trait |
+//! | `modes` | how HBM can be divided into partitions |
 //! | [`memory`] | HBM in the memory of this process |
 //!
 //! Rules that hold everywhere: nothing that a guest or a client sends makes the crate panic; register accesses
@@ -42,9 +43,11 @@ pub mod irq;
 pub mod kit;
 pub mod limit;
 pub mod memory;
+mod modes;
 pub mod ownership;
 pub mod packet;
 pub mod partition;
+mod patience;
 pub mod queue;
 pub mod registers;
 mod ring;
@@ -53,6 +56,7 @@ pub mod scrub;
 pub mod test_support;
 #[cfg(test)]
 mod tests;
+mod ticker;
 mod worker;
 
 pub use aperture::ApertureConfig;

@@ -251,7 +251,7 @@ impl Partition {
         while self.users.load(Ordering::SeqCst) != 0 {
             std::thread::sleep(GATE_PAUSE);
         }
-        self.store.scrub()
+        self.store.scrub(0, self.size)
     }
 
     /// Snapshot.

@@ -1,6 +1,6 @@
 //! Copy queues: a ring, a doorbell, a worker.
 //!
-//! A queue's worker is a thread that starts when the queue is first enabled and sleeps on a channel until the
+//! A queue's worker is a thread that starts when the queue is first enabled and waits at a channel until the
 //! doorbell rings. Doorbells and register accesses take the queue's short lock `control` at most, which no one
 //! holds while memory moves. Each run of a queue has an epoch; a stop ends the epoch, and what a worker of an
 //! ended epoch still wants to publish is dropped.
@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Sender, bounded};
 use numagpu_spec::pci;
@@ -119,7 +119,8 @@ pub struct Queue {
 }
 
 struct Worker {
-    kick: Sender<()>,
+    /// Kicks carry the time when they were sent.
+    kick: Sender<Instant>,
     thread: JoinHandle<()>,
 }
 
@@ -253,7 +254,7 @@ impl Queue {
         drop(control);
         if let Some(worker) = self.lock_worker().as_ref() {
             // Full means that a kick waits already.
-            let _full = worker.kick.try_send(());
+            let _full = worker.kick.try_send(Instant::now());
         }
     }
 
@@ -279,12 +280,12 @@ impl Queue {
         if worker.is_some() {
             return true;
         }
-        let (kick, kicked) = bounded(1);
+        let (kick, kicks) = bounded(1);
         let shared = Arc::clone(&self.shared);
         let name = format!("gpu-queue-{}", shared.index);
         let thread = std::thread::Builder::new()
             .name(name)
-            .spawn(move || work(&shared, &kicked));
+            .spawn(move || work(&shared, &kicks));
         match thread {
             Ok(thread) => {
                 *worker = Some(Worker { kick, thread });

@@ -4,7 +4,7 @@
 //! because the queue was stopped.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::Receiver;
 use numagpu_spec::regs::QueueFault;
@@ -13,6 +13,7 @@ use numagpu_spec::sdma;
 use crate::atomic::{Outcome, holds};
 use crate::engine::{Fault, Stop};
 use crate::packet::{Operation, Packet, decode};
+use crate::patience::Patience;
 use crate::queue::{Run, Shared};
 use crate::ring::Ring;
 
@@ -69,9 +70,10 @@ impl Drop for Permit<'_> {
 }
 
 /// The worker: waits for kicks until the queue is dropped.
-pub(crate) fn work(shared: &Shared, kicked: &Receiver<()>) {
+pub(crate) fn work(shared: &Shared, kicks: &Receiver<Instant>) {
     let mut ring = Ring::default();
-    for () in kicked {
+    let mut patience = Patience::default();
+    while patience.wait(kicks) {
         // Dropped in reverse order: nothing of the run is held when the worker says that it has left.
         let Some((_active, run)) = shared.enter() else {
             continue;

@@ -7,13 +7,13 @@
 //! leaves as far as this crate goes. `lifecycle` is for attach, detach and reset, which wait for workers; no
 //! BAR access takes it. Register reads take no lock at all.
 
+mod lifecycle;
 mod pages;
 mod read;
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use numagpu_spec::pci;
 use numagpu_spec::regs::{self, BootState, QUEUE_ENABLE, QUEUE_RESET, partition, queue};
@@ -27,15 +27,13 @@ use crate::config_space::{CONFIG_SIZE, Capabilities, ConfigSpace, MsixPlace};
 use crate::engine::Reach;
 use crate::fabric::{Fabric, LinkEnd, Member, Place};
 use crate::irq::Irq;
+use crate::modes::Modes;
 use crate::ownership::{Circumstances, Event};
 use crate::partition::{Partition, PartitionStatus};
 use crate::queue::{Queue, QueueStatus, Setup};
 use crate::registers::{RegisterFile, RegisterMap, TableError};
 use crate::scrub::Scrubber;
-
-/// How long a reset waits for scrubs, so that small HBM is free when it returns. Longer scrubs go on behind it
-/// and show as RELEASING.
-const SCRUB_WAIT: Duration = Duration::from_millis(5);
+use crate::ticker::Ticker;
 
 type Map = LazyLock<Result<RegisterMap, TableError>>;
 static REGISTERS: Map = LazyLock::new(|| RegisterMap::new(regs::BLOCKS, pci::BAR_REGISTERS_SIZE));
@@ -82,6 +80,7 @@ pub struct Gpu {
     attachment: Mutex<Option<Attachment>>,
     irq: Arc<Irq>,
     scrubber: Scrubber,
+    ticker: Ticker,
     // Static configuration.
     config: GpuConfig,
     layout: FunctionLayout,
@@ -126,26 +125,27 @@ impl Gpu {
         } else {
             config.node_id
         };
-        let partitions = config.partitions.iter();
         let member = Arc::new(Member {
             place: Place {
                 hive: config.hive_id,
                 node,
             },
-            partitions: partitions
-                .map(|p| Arc::new(Partition::new(p, config.aperture.is_some())))
-                .collect(),
+            modes: Modes::new(&config.partitions, config.aperture.is_some()),
             links: config.links.iter().map(|l| LinkEnd::new(l.peer)).collect(),
         });
         fabric.join(Arc::clone(&member))?;
-        let irq = Arc::new(Irq::new(Arc::clone(&registers)));
-        let aperture = config.aperture.map(|_| Aperture::new(&member.partitions));
-        Ok(Arc::new(Gpu {
+        let aperture = config
+            .aperture
+            .map(|_| Aperture::new(member.modes.planned()));
+        let bus_master = Arc::new(AtomicBool::new(false));
+        let irq = Arc::new(Irq::new(Arc::clone(&registers), Arc::clone(&bus_master)));
+        Ok(Arc::new_cyclic(|myself| Gpu {
             fabric,
             member,
             aperture,
             attachment: Mutex::new(None),
             scrubber: Scrubber::new(Arc::clone(&irq), Arc::clone(&config.clock)),
+            ticker: Ticker::new(myself.clone()),
             lifecycle: Mutex::new(()),
             judging: Mutex::new(()),
             config_space: Mutex::new(ConfigSpace::new(&config.ids, &bars, &capabilities)),
@@ -154,7 +154,7 @@ impl Gpu {
                 config_size: u32::try_from(CONFIG_SIZE).unwrap_or(4096),
                 msix_vectors: pci::VECTOR_COUNT,
             },
-            dma_allowed: Arc::new(AtomicBool::new(false)),
+            dma_allowed: bus_master,
             registers,
             doorbells,
             msix,
@@ -183,11 +183,16 @@ impl Gpu {
             index: self.config.index,
             attached: lock(&self.attachment).is_some(),
             boot: self.boot.state(self.now()),
-            partitions: self.member.partitions.iter().map(|p| p.status()).collect(),
+            partitions: self.partitions().iter().map(|p| p.status()).collect(),
             queues: self.queues.iter().map(Queue::status).collect(),
             links: self.member.links.iter().map(link_status).collect(),
             interrupts: self.irq.raised(),
         }
+    }
+
+    /// The HBM partitions of the mode in force.
+    fn partitions(&self) -> &[Arc<Partition>] {
+        self.member.modes.active()
     }
 
     fn now(&self) -> u64 {
@@ -202,62 +207,8 @@ impl Gpu {
         self.aperture.as_ref().filter(|_| bar == pci::BAR_APERTURE)
     }
 
-    fn judge_coherence(&self) {
-        // One at a time, so that the last answer is the newest.
-        let _one = lock(&self.judging);
-        let dma = lock(&self.attachment).as_ref().map(|a| Arc::clone(&a.dma));
-        for partition in &self.member.partitions {
-            partition.judge_coherence(dma.as_deref());
-        }
-    }
-
-    /// The body of a reset, under `lifecycle`.
-    fn reset_function(&self, kind: ResetKind) {
-        let Gpu {
-            fabric: _,
-            member,
-            aperture: _,
-            attachment: _,
-            irq: _,
-            scrubber,
-            config: _,
-            layout: _,
-            lifecycle: _,
-            judging: _,
-            config_space,
-            dma_allowed,
-            registers,
-            doorbells,
-            msix,
-            boot,
-            queues,
-        } = self;
-        // First, so that no queue is enabled and no partition claimed behind its own reset.
-        boot.reset();
-        {
-            let mut space = lock(config_space);
-            space.reset(kind);
-            dma_allowed.store(space.dma_allowed(), Ordering::SeqCst);
-        }
-        queues.iter().for_each(Queue::reset);
-        registers.reset();
-        doorbells.reset();
-        msix.reset();
-        member.links.iter().for_each(LinkEnd::clear_errors);
-        let event = match kind {
-            ResetKind::Function => Event::FunctionReset,
-            ResetKind::Disconnect => Event::Disconnect,
-        };
-        for partition in &member.partitions {
-            let duty = partition.incident(event, self.now());
-            scrubber.settle(partition, duty);
-        }
-        // Whether it was enough shows in PARTITION.STATE.
-        let _all_free = scrubber.wait(SCRUB_WAIT);
-    }
-
     fn command(&self, index: u32) {
-        let Some(target) = self.member.partitions.get(index as usize) else {
+        let Some(target) = self.partitions().get(index as usize) else {
             return;
         };
         // Each command consumes what it was given: the next driver has to bring its own tokens.
@@ -280,8 +231,13 @@ impl Gpu {
             ready: self.is_ready(),
             coherent: target.is_attached(),
         };
+        // A lease that is over at this moment is over for this command.
+        self.scrubber.settle(target, target.expire(self.now()));
         let duty = target.command(command, with, self.now());
         self.scrubber.settle(target, duty);
+        if target.lease_end().is_some() {
+            self.ticker.wake();
+        }
     }
 
     fn control_queue(&self, index: u32, value: u64) {
@@ -379,13 +335,17 @@ impl PciFunction for Gpu {
     }
 
     fn config_write(&self, offset: u32, data: &[u8]) {
-        let effects = {
+        let (effects, master_off) = {
             let mut space = lock(&self.config_space);
+            let was_master = space.bus_master();
             let effects = space.write(offset, data);
             self.dma_allowed
                 .store(space.dma_allowed(), Ordering::SeqCst);
-            effects
+            (effects, was_master && !space.bus_master())
         };
+        if master_off {
+            self.lose(Event::BusMasterOff);
+        }
         if effects.function_reset {
             self.reset(ResetKind::Function);
         }

@@ -55,6 +55,7 @@ impl RegisterDevice for Gpu {
     fn written(&self, at: RegisterAt, value: u64, _lanes: u64) {
         match at.block {
             boot::BASE if value & u64::from(BOOT_START) != 0 => self.boot.start(self.now()),
+            topology::BASE => self.request_mode(value),
             partition::BASE => self.command(at.instance),
             queue::BASE => self.control_queue(at.instance, value),
             _ => {}
@@ -72,11 +73,13 @@ impl Gpu {
                 let is_coherent = config.aperture.is_none_or(|it| it.coherent);
                 caps.set(Caps::COHERENT_HBM, has_hbm && is_coherent);
                 caps.set(Caps::HBM_APERTURE, config.aperture.is_some());
+                let modes = self.member.modes.possible();
+                caps.set(Caps::PARTITION_MODES, modes.count_ones() > 1);
                 caps.set(Caps::PEER_COPY, config.hive_id != 0 && config.hive_size > 1);
                 caps.bits()
             }
             o if o == identity::GPU_INDEX.offset => config.index.into(),
-            o if o == identity::PARTITION_COUNT.offset => self.member.partitions.len() as u64,
+            o if o == identity::PARTITION_COUNT.offset => self.partitions().len() as u64,
             o if o == identity::QUEUE_COUNT.offset => config.queues.into(),
             o if o == identity::PACKETS.offset => PACKETS,
             o if o == identity::VECTOR_COUNT.offset => pci::VECTOR_COUNT.into(),
@@ -100,6 +103,8 @@ impl Gpu {
             o if o == topology::NODE_ID.offset => config.node_id.into(),
             o if o == topology::HIVE_SIZE.offset => config.hive_size.into(),
             o if o == topology::CPU_PXM.offset => config.cpu_pxm.into(),
+            o if o == topology::PARTITION_MODE.offset => self.partitions().len() as u64,
+            o if o == topology::PARTITION_MODES.offset => self.member.modes.possible().into(),
             o if o == topology::LINK_COUNT.offset => config.links.len() as u64,
             _ => stored,
         }
@@ -116,7 +121,7 @@ impl Gpu {
             o if o == discovery::COUNT.offset => match id {
                 BlockId::Discovery => DIRECTORY.len() as u64,
                 BlockId::Link => self.config.links.len() as u64,
-                BlockId::Partition => self.member.partitions.len() as u64,
+                BlockId::Partition => self.partitions().len() as u64,
                 BlockId::Queue => self.config.queues.into(),
                 _ => 1,
             },
@@ -149,7 +154,7 @@ impl Gpu {
     }
 
     fn read_partition(&self, instance: u32, offset: u32, stored: u64) -> u64 {
-        let Some(target) = self.member.partitions.get(instance as usize) else {
+        let Some(target) = self.partitions().get(instance as usize) else {
             return 0;
         };
         match offset {

@@ -12,6 +12,7 @@ mod fuzz;
 mod lifecycle;
 mod ownership;
 mod packets;
+mod partitions;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
