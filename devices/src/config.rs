@@ -10,6 +10,7 @@ use thiserror::Error;
 use crate::aperture::{ApertureConfig, ApertureError};
 use crate::bus::{Bar, HbmStore};
 use crate::clock::{Clock, HostClock};
+use crate::config_space::ResizableBar;
 use crate::fabric::FabricError;
 use crate::registers::TableError;
 
@@ -201,6 +202,17 @@ impl GpuConfig {
         ];
         bars.extend(self.aperture.map(|it| it.bar(&self.partitions)));
         bars
+    }
+
+    /// How small software may make the aperture of a configuration that passed the check: so that it holds the first
+    /// partition.
+    pub(crate) fn resizable(&self) -> Option<ResizableBar> {
+        let aperture = self.aperture.as_ref()?;
+        let first = self.partitions.first()?.size;
+        Some(ResizableBar {
+            bar: pci::BAR_APERTURE,
+            least: first.checked_next_power_of_two()?.min(aperture.size),
+        })
     }
 }
 

@@ -15,6 +15,7 @@
 //! | [`priority`], [`timing`] | which queue goes first; modelled and paced time |
 //! | [`fabric`], [`link`], `route` | peers of a hive, the links to them, the ways over several |
 //! | [`health`], [`inject`] | memory errors and retired pages; faults on demand |
+//! | [`kit`] | a PCI function of one's own out of a register table and one trait |
 //! | `modes` | how HBM can be divided into partitions |
 //! | [`memory`] | HBM in the memory of this process |
 //!
@@ -22,7 +23,7 @@
 //! wait for no copy; engines touch only what the queue's token owns at that moment; after a reset or a detach no
 //! worker touches memory.
 //!
-//! Not implemented: resizable BARs.
+//! Not implemented: an expansion ROM.
 
 #![forbid(unsafe_code)]
 
@@ -42,6 +43,7 @@ pub mod gpu;
 pub mod health;
 pub mod inject;
 pub mod irq;
+pub mod kit;
 pub mod limit;
 pub mod link;
 pub mod memory;

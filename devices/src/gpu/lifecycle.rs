@@ -60,7 +60,7 @@ impl Gpu {
         boot.reset();
         {
             let mut space = lock(config_space);
-            space.reset();
+            space.reset(kind);
             dma_allowed.store(space.dma_allowed(), Ordering::SeqCst);
         }
         queues.iter().for_each(Queue::reset);

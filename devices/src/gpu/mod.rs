@@ -23,7 +23,7 @@ use crate::aperture::Aperture;
 use crate::boot::Boot;
 use crate::bus::{Attachment, FunctionLayout, PciFunction, ResetKind};
 use crate::config::{GpuConfig, GpuError};
-use crate::config_space::{CONFIG_SIZE, ConfigSpace};
+use crate::config_space::{CONFIG_SIZE, Capabilities, ConfigSpace, MsixPlace};
 use crate::engine::Reach;
 use crate::fabric::{Fabric, LinkEnd, Member, Place};
 use crate::health::{Health, HealthStatus};
@@ -126,6 +126,11 @@ impl Gpu {
     pub fn new(config: GpuConfig, fabric: Arc<Fabric>) -> Result<Arc<Gpu>, GpuError> {
         config.check()?;
         let bars = config.bars();
+        let capabilities = Capabilities {
+            msix: Some(MsixPlace::GPU),
+            resizable: config.resizable(),
+            ats: false,
+        };
         let registers = Arc::new(RegisterFile::new(map(&REGISTERS)?));
         let doorbells = RegisterFile::new(map(&DOORBELLS)?);
         let msix = RegisterFile::new(map(&MSIX)?);
@@ -160,7 +165,7 @@ impl Gpu {
             ticker: Ticker::new(myself.clone()),
             lifecycle: Mutex::new(()),
             judging: Mutex::new(()),
-            config_space: Mutex::new(ConfigSpace::new(&config.ids, &bars)),
+            config_space: Mutex::new(ConfigSpace::new(&config.ids, &bars, &capabilities)),
             layout: FunctionLayout {
                 bars,
                 config_size: u32::try_from(CONFIG_SIZE).unwrap_or(4096),
