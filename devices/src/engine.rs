@@ -15,13 +15,12 @@ use numagpu_spec::regs::QueueFault;
 use vm_memory::{Bytes, VolatileSlice};
 
 use crate::atomic::{Atomic, Outcome};
-use crate::bus::{DmaAccess, DmaError, DmaPort};
+use crate::bus::{DmaAccess, DmaPort};
 use crate::clock::Clock;
 use crate::fabric::{Fabric, Place};
-use crate::health::BadMemory;
 use crate::packet::{Plane, Window};
-use crate::partition::Entry;
-use crate::route::{Seen, View};
+use crate::route::View;
+use crate::span::{Owner, Span, dma_fault, fault};
 use crate::timing::{Cost, Part, Timing};
 
 /// Most bytes moved between two looks at whether to stop: some 50 us of work.
@@ -105,13 +104,6 @@ pub(crate) struct Engine<'r> {
     cost: Cost,
 }
 
-/// Whose a range is.
-enum Owner<'e> {
-    /// With the distance from the partition's start.
-    Hbm(&'e Seen, u64),
-    Ram(&'e dyn DmaPort),
-}
-
 /// What is done to a word.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Touch {
@@ -127,97 +119,6 @@ impl Touch {
             Touch::Load => DmaAccess::Read,
             Touch::Store | Touch::Change => DmaAccess::Write,
         }
-    }
-}
-
-/// A range that lies in one place.
-struct Span<'e> {
-    owner: Owner<'e>,
-    address: u64,
-    len: u64,
-}
-
-fn fault(code: QueueFault, address: u64) -> Fault {
-    Fault { code, address }
-}
-
-impl From<BadMemory> for Fault {
-    fn from(bad: BadMemory) -> Fault {
-        fault(bad.code, bad.address)
-    }
-}
-
-fn dma_fault(error: DmaError, address: u64) -> Fault {
-    let address = match error {
-        DmaError::Unmapped { address, .. } | DmaError::ReadOnly { address } => address,
-        DmaError::Disconnected => address,
-    };
-    fault(QueueFault::Unmapped, address)
-}
-
-impl Span<'_> {
-    /// Passes the gate of the partition, if it is one.
-    fn enter(&self, token: u64) -> Result<Option<Entry<'_>>, Fault> {
-        match &self.owner {
-            Owner::Ram(_) => Ok(None),
-            Owner::Hbm(seen, _) => match seen.partition.enter(token) {
-                Ok(entry) => Ok(Some(entry)),
-                Err(code) => Err(fault(code, self.address)),
-            },
-        }
-    }
-
-    /// Whether the first `len` bytes, if they are HBM, are fit to be read.
-    fn readable(&self, len: u64) -> Result<(), Fault> {
-        match &self.owner {
-            Owner::Ram(_) => Ok(()),
-            Owner::Hbm(seen, _) => Ok(seen.partition.health().check_read(self.address, len)?),
-        }
-    }
-
-    /// Whether the first `len` bytes, if they are HBM, are fit to be written.
-    fn writable(&self, len: u64) -> Result<(), Fault> {
-        match &self.owner {
-            Owner::Ram(_) => Ok(()),
-            Owner::Hbm(seen, _) => Ok(seen.partition.health().check_write(self.address, len)?),
-        }
-    }
-
-    /// The first `len` bytes have new contents.
-    fn renewed(&self, len: u64) {
-        if let Owner::Hbm(seen, _) = &self.owner {
-            seen.partition.health().wrote(self.address, len);
-        }
-    }
-
-    /// Calls `f` with each piece of the first `len` bytes and its distance from the start. The caller is inside
-    /// the gate.
-    fn pieces(
-        &self,
-        len: u64,
-        access: DmaAccess,
-        f: &mut dyn FnMut(usize, VolatileSlice<'_>),
-    ) -> Result<(), Fault> {
-        match &self.owner {
-            Owner::Hbm(seen, offset) => {
-                let slice = seen.partition.store().slice(*offset, len);
-                f(0, slice.map_err(|_| self.unmapped())?);
-                Ok(())
-            }
-            Owner::Ram(dma) => {
-                let mut at = 0;
-                dma.access(self.address, len, access, &mut |piece| {
-                    let count = piece.len();
-                    f(at, piece);
-                    at += count;
-                })
-                .map_err(|error| dma_fault(error, self.address))
-            }
-        }
-    }
-
-    fn unmapped(&self) -> Fault {
-        fault(QueueFault::Unmapped, self.address)
     }
 }
 

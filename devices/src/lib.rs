@@ -10,7 +10,7 @@
 //! | [`config_space`], [`registers`] | checked tables for configuration space and BARs; any access becomes whole registers |
 //! | [`boot`], [`clock`], [`irq`] | handshake, time, interrupt causes |
 //! | [`ownership`], [`partition`], [`coherence`], [`scrub`] | who owns HBM, who may touch it now, whether the VMM really maps it |
-//! | [`queue`], `worker`, `patience`, `ring`, [`packet`], [`engine`], [`atomic`] | doorbells and states; workers; how long they wait awake; reading ahead; decoding; moving bytes; atomic operations |
+//! | [`queue`], `worker`, `patience`, `ring`, [`packet`], [`engine`], `span`, [`atomic`] | doorbells and states; workers; how long they wait awake; reading ahead; decoding; moving bytes; where they are; atomic operations |
 //! | [`aperture`] | the BAR through which CPUs reach HBM that is no memory of the machine |
 //! | [`priority`], [`timing`] | which queue goes first; modelled and paced time |
 //! | [`fabric`], [`link`], `route` | peers of a hive, the links to them, the ways over several |
@@ -58,6 +58,7 @@ pub mod registers;
 mod ring;
 mod route;
 pub mod scrub;
+mod span;
 #[cfg(any(test, feature = "test-support"))]
 pub mod test_support;
 #[cfg(test)]

@@ -9,6 +9,7 @@
 //! links, distances). This one has the types, and puts the parts together.
 
 mod access;
+mod backing;
 mod fabric;
 mod number;
 mod place;
@@ -19,7 +20,7 @@ use serde::Serialize;
 
 use crate::device::Device;
 use crate::error::MachineError;
-use crate::machine::{BackingKind, Exposure, Guest, Machine, PciNode};
+use crate::machine::{Exposure, Guest, Machine, PciNode};
 use crate::platform::Holes;
 use crate::qom;
 use crate::ranges::Range;
@@ -27,6 +28,7 @@ use crate::size::MIB;
 use crate::validate::{self, Checked};
 
 pub use access::Access;
+pub use backing::Backing;
 pub(crate) use number::backend_names;
 use number::{Initiators, Numbering};
 pub(crate) use place::pci_hole64_needed;
@@ -190,17 +192,6 @@ pub struct Domain {
     pub pxm: u32,
     /// QEMU's name of the Generic Initiator object, if there is one.
     pub initiator: Option<String>,
-}
-
-/// What the HBM is made of on the host.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
-    /// Kind of memory.
-    pub kind: BackingKind,
-    /// Directory of the files, if the description names one.
-    pub directory: Option<String>,
-    /// Bytes of a huge page, for [`BackingKind::Hugetlb`].
-    pub page: u64,
 }
 
 /// A BAR through which HBM is reached.
@@ -378,7 +369,7 @@ pub fn plan(machine: &Machine) -> Result<Plan, MachineError> {
         holes: place::holes(machine),
         phys_bits: *machine.limits.phys_bits.get_ref(),
         guest: machine.guest.clone(),
-        backing: backing(machine),
+        backing: Backing::of(machine),
         device: machine.device.clone(),
         warnings,
     })
@@ -573,17 +564,6 @@ fn nodes(
     }
     nodes.sort_by_key(|node| node.pxm);
     nodes
-}
-
-fn backing(machine: &Machine) -> Backing {
-    let described = &machine.backing;
-    let directory = described.directory.as_ref();
-    let page = described.page.as_ref();
-    Backing {
-        kind: *described.kind.get_ref(),
-        directory: directory.map(|directory| directory.get_ref().clone()),
-        page: page.map_or(2 * MIB, |page| page.get_ref().0),
-    }
 }
 
 fn warnings(gpus: &[Gpu]) -> Vec<String> {
