@@ -62,7 +62,7 @@ pub mod verify;
 
 pub use error::MachineError;
 pub use machine::Machine;
-pub use parse::parse;
+pub use parse::{offset_of, parse, read};
 pub use plan::{Plan, plan};
 pub use predict::{Prediction, predict};
 
