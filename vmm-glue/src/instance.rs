@@ -11,13 +11,16 @@ use numagpu_devices::{
     ApertureConfig, Fabric, Gpu, GpuConfig, GpuError, GpuStatus, LinkConfig, PartitionConfig,
     PciIds,
 };
-use numagpu_topology::Plan;
 use numagpu_topology::device::{Device, Timing};
 use numagpu_topology::machine::{BackingKind, Exposure};
 use numagpu_topology::plan::Gpu as PlannedGpu;
+use numagpu_topology::{MachineError, Plan};
 use thiserror::Error;
 
+use crate::control::server::Bounds;
+use crate::control::{self, Control, Desk};
 use crate::hbm::{HbmBacking, HbmError};
+use crate::scenario::{Runner, Scenario};
 use crate::vfio_user::{Server, ServerError};
 
 /// Why a machine's GPUs cannot be served.
@@ -40,6 +43,12 @@ pub enum InstanceError {
     /// No socket.
     #[error(transparent)]
     Server(#[from] ServerError),
+    /// The scenario does not fit the machine.
+    #[error(transparent)]
+    Scenario(#[from] MachineError),
+    /// The scenario cannot be played.
+    #[error("cannot play the scenario: {0}")]
+    Player(std::io::Error),
 }
 
 /// `config` with what the description says of the PCI functions.
@@ -76,7 +85,10 @@ fn timing(described: Timing) -> TimingMode {
 
 /// GPUs that wait for a VMM, one socket each.
 pub struct Instance {
-    // Dropped first: a server uses its GPU, and a GPU its HBM.
+    // In the order in which they are dropped: whoever injects goes before the GPUs; a server uses its GPU, and a GPU
+    // its HBM.
+    control: Option<Control>,
+    runner: Option<Runner>,
     servers: Vec<Server>,
     gpus: Vec<Arc<Gpu>>,
     hbm: Vec<HbmFile>,
@@ -170,7 +182,8 @@ impl Exposed {
 
 impl Instance {
     /// Makes the HBM of all GPUs as the plan's backing says, or in `hbm_dir` if that is given, and serves each GPU on a socket of its own in
-    /// `socket_dir`. Clients can connect when this returns.
+    /// `socket_dir`, and [`control::SOCKET`] beside them. Clients can connect when this returns. `scenario` is played from
+    /// then on.
     ///
     /// # Errors
     /// [`InstanceError`]; nothing is left behind then.
@@ -178,9 +191,13 @@ impl Instance {
         plan: &Plan,
         socket_dir: &Path,
         hbm_dir: Option<&Path>,
+        scenario: Option<&Scenario>,
     ) -> Result<Instance, InstanceError> {
+        scenario.map_or(Ok(()), |scenario| scenario.check(plan))?;
         let fabric = Fabric::new();
         let mut instance = Instance {
+            control: None,
+            runner: None,
             servers: Vec::new(),
             gpus: Vec::new(),
             hbm: Vec::new(),
@@ -236,7 +253,28 @@ impl Instance {
             let function: Arc<dyn numagpu_devices::bus::PciFunction> = Arc::<Gpu>::clone(model);
             instance.servers.push(Server::bind(socket, function)?);
         }
+        instance.take_orders(plan, socket_dir, scenario)?;
         Ok(instance)
+    }
+
+    /// Opens the control socket and begins to play the scenario.
+    fn take_orders(
+        &mut self,
+        plan: &Plan,
+        socket_dir: &Path,
+        scenario: Option<&Scenario>,
+    ) -> Result<(), InstanceError> {
+        let names = plan.gpus.iter().map(|gpu| gpu.id.clone());
+        let gpus = names.zip(self.gpus.iter().map(Arc::clone));
+        let desk = Arc::new(Desk::new(&plan.name, gpus.collect()));
+        if let Some(scenario) = scenario {
+            let runner = Runner::start(scenario, &desk).map_err(InstanceError::Player)?;
+            self.runner = Some(runner);
+        }
+        let path = socket_dir.join(control::SOCKET);
+        let answer = Arc::new(move |request| desk.answer(request));
+        self.control = Some(Control::bind(path, answer, Bounds::default())?);
+        Ok(())
     }
 
     /// The sockets, in order of GPUs.
@@ -284,6 +322,8 @@ impl Instance {
 
 impl Drop for Instance {
     fn drop(&mut self) {
+        self.control = None;
+        self.runner = None;
         self.servers.clear();
         self.gpus.clear();
         // A GPU's threads may hold the memory a moment longer, and the process end before they let go.

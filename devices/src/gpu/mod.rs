@@ -197,11 +197,16 @@ impl Gpu {
         &self.fabric
     }
 
+    /// Whether a VMM is connected.
+    pub fn is_attached(&self) -> bool {
+        lock(&self.attachment).is_some()
+    }
+
     /// Snapshot for people and tests; the values may come from neighbouring moments.
     pub fn status(&self) -> GpuStatus {
         GpuStatus {
             index: self.config.index,
-            attached: lock(&self.attachment).is_some(),
+            attached: self.is_attached(),
             boot: self.boot.state(self.now()),
             partitions: self.partitions().iter().map(|p| p.status()).collect(),
             queues: self.queues.iter().map(Queue::status).collect(),
