@@ -1,5 +1,7 @@
 //! Faults on demand: what real hardware does now and then, when a test wants it.
 //!
+//! The table is also what `docs/faults.md` is made of.
+//!
 //! | injection | what a driver sees | how it recovers |
 //! |---|---|---|
 //! | [`Injection::CorrectableError`] | `RAS.CORRECTABLE` counts, `LAST_ADDRESS`, `LAST_KIND`, IRQ bit RAS | nothing to do |

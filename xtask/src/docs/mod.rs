@@ -5,12 +5,14 @@
 //! | `registers.md` | the tables of `numagpu-spec`, by [`registers`], with the texts that [`comments`] finds |
 //! | `cli.md` | what the `numagpu` command says of itself, by [`cli`] |
 //! | `config.md` | the schema that the `numagpu` command prints, by [`config`] |
+//! | `faults.md` | the table of `devices/src/inject.rs` and the examples of `numagpu-vmm-glue`, by [`faults`] |
 //!
 //! And the C header `devices/spec/include/numagpu.h`, from the same tables as `registers.md`, by [`header`].
 
 mod cli;
 mod comments;
 mod config;
+mod faults;
 mod header;
 mod markdown;
 mod registers;
@@ -88,6 +90,7 @@ fn pages(workspace: &Workspace) -> Result<Vec<Page>> {
         (header::PATH, header::text(&workspace.root)?),
         ("docs/cli.md", cli::page(&numagpu)?),
         ("docs/config.md", config::page(&workspace.root, &numagpu)?),
+        ("docs/faults.md", faults::page(&workspace.root)?),
     ];
     Ok(pages
         .map(|(path, text)| Page {

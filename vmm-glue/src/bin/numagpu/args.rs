@@ -70,6 +70,7 @@ pub struct StatusArgs {
 
 /// Arguments of `inject`.
 #[derive(clap::Args)]
+#[command(subcommand_value_name = "FAULT", subcommand_help_heading = "Faults")]
 pub struct InjectArgs {
     /// Control socket, or the directory that has it; without it, the one running instance of this user.
     #[arg(long, value_name = "PATH")]
