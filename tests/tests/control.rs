@@ -413,18 +413,24 @@ fn links_go_down_and_come_back() {
     served.injected("0 link-loss --peer 1");
     for gpu in 0..2 {
         assert_eq!(
-            (&link(gpu)["up"], &link(gpu)["errors"]),
-            (&false.into(), &1.into())
+            (&link(gpu)["state"], &link(gpu)["errors"]),
+            (&"down".into(), &1.into())
         );
     }
     served.injected("1 link-return --peer 0");
     assert_eq!(
-        (&link(0)["up"], &link(1)["up"]),
-        (&true.into(), &true.into())
+        (&link(0)["state"], &link(1)["state"]),
+        (&"up".into(), &"up".into())
     );
+    served.injected("0 link-width --peer 1 --lanes 1");
+    assert_eq!(
+        (&link(1)["state"], &link(1)["lanes"]),
+        (&"degraded".into(), &1.into())
+    );
+    served.injected("1 link-return --peer 0");
     served.injected("0 link-flap --peer 1 --down-ms 1");
-    let back = wait_until(COMMAND, || link(0)["up"] == true);
-    assert!(back && link(0)["errors"] == 2, "{}", link(0));
+    let back = wait_until(COMMAND, || link(0)["state"] == "up");
+    assert!(back && link(0)["errors"] == 3, "{}", link(0));
     served.stop();
 }
 
@@ -671,7 +677,7 @@ at_ms = 86400000
 
     let mut driver = Driver::new(&served, 0);
     served.wait_fired(&[0, 0, 0, 1, 1, 0]);
-    assert_eq!(served.gpu(0)["links"][0]["up"], false);
+    assert_eq!(served.gpu(0)["links"][0]["state"], "down");
     let status = served.status();
     let error = &status["scenario"]["faults"][4]["error"];
     assert_eq!(error, "the GPU has 1 partitions, so there is no number 3");
@@ -758,7 +764,7 @@ fn a_scenario_that_does_not_fit_is_refused_before_anything_is_served() {
             ),
             (
                 "[[fault]]\ngpu = 0\nkind = \"removal\"\nat = 0\n",
-                "4: fault[0].at: there is no such key\n  help: [[fault]] takes gpu, kind, at_ms, when_ready, when_claimed, after_packets, repeat, every_ms, address, code, count, down_ms, ms, partition, peer, queue, vector\n",
+                "4: fault[0].at: there is no such key\n  help: [[fault]] takes gpu, kind, at_ms, when_ready, when_claimed, after_packets, repeat, every_ms, address, code, count, down_ms, lanes, ms, partition, peer, queue, vector\n",
             ),
         ] {
             corner.write("it.toml", text);

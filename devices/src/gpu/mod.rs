@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use numagpu_spec::pci;
-use numagpu_spec::regs::{self, BootState, QUEUE_ENABLE, QUEUE_RESET, partition, queue};
+use numagpu_spec::regs::{self, BootState, LinkState, QUEUE_ENABLE, QUEUE_RESET, partition, queue};
 
 use self::pages::{DoorbellPage, MsixPage};
 use crate::aperture::Aperture;
@@ -50,10 +50,16 @@ static MSIX: Map = LazyLock::new(|| RegisterMap::new(&[pci::msix::BLOCK], pci::B
 pub struct LinkStatus {
     /// Hive position of the peer; `None` is the CPU.
     pub peer: Option<u32>,
-    /// Whether it carries traffic.
-    pub up: bool,
+    /// Whether all its lanes carry traffic, some or none.
+    pub state: LinkState,
+    /// Lanes that carry traffic.
+    pub lanes: u32,
     /// Errors since reset.
     pub errors: u32,
+    /// Bytes that left through it since reset.
+    pub bytes_out: u64,
+    /// Bytes that came through it since reset.
+    pub bytes_in: u64,
 }
 
 /// Snapshot of a GPU.
@@ -330,8 +336,11 @@ impl Gpu {
 fn link_status(end: &LinkEnd) -> LinkStatus {
     LinkStatus {
         peer: end.peer,
-        up: end.is_up(),
+        state: end.state(),
+        lanes: end.lanes(),
         errors: end.errors(),
+        bytes_out: end.bytes_out(),
+        bytes_in: end.bytes_in(),
     }
 }
 

@@ -75,6 +75,15 @@ pub enum Fault {
         #[arg(long, value_name = "MS")]
         down_ms: u32,
     },
+    /// Only some lanes of the links to a peer stay up, on both ends.
+    LinkWidth {
+        /// Hive position of the peer.
+        #[arg(long)]
+        peer: u32,
+        /// Lanes that are up, at most the link's; 0 is a loss.
+        #[arg(long)]
+        lanes: u32,
+    },
     /// The next boot fails.
     BootFailure {
         /// What BOOT.FAULT shows, not 0.
@@ -139,6 +148,7 @@ impl Fault {
             peer: 1,
             down_ms: 100,
         },
+        Fault::LinkWidth { peer: 1, lanes: 1 },
         Fault::BootFailure { code: 0x42 },
         Fault::BootTimeout {},
         Fault::StuckReset { ms: 1000 },
@@ -196,6 +206,7 @@ impl From<Fault> for Injection {
             Fault::LinkLoss { peer } => Injection::LinkLoss { peer },
             Fault::LinkReturn { peer } => Injection::LinkReturn { peer },
             Fault::LinkFlap { peer, down_ms } => Injection::LinkFlap { peer, down_ms },
+            Fault::LinkWidth { peer, lanes } => Injection::LinkWidth { peer, lanes },
             Fault::BootFailure { code } => Injection::BootFailure { code },
             Fault::BootTimeout {} => Injection::BootTimeout,
             Fault::StuckReset { ms } => Injection::StuckReset { ms },

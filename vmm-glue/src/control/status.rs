@@ -41,6 +41,8 @@ pub struct Gpu {
     pub boot: String,
     /// MSI-X messages sent since reset.
     pub interrupts: u64,
+    /// Causes of interrupts since power-on, whether a message was sent or not.
+    pub causes: u64,
     /// HBM partitions.
     pub partitions: Vec<Partition>,
     /// Copy queues.
@@ -106,6 +108,12 @@ pub struct Queue {
     pub fault_address: u64,
     /// Index of the packet since enable.
     pub fault_packet: u64,
+    /// Nanoseconds that packets took since enable.
+    pub busy_ns: u64,
+    /// When the last packet that moved data began, in nanoseconds of the device's clock.
+    pub stamp_start_ns: u64,
+    /// When it ended.
+    pub stamp_end_ns: u64,
 }
 
 /// A link.
@@ -113,10 +121,16 @@ pub struct Queue {
 pub struct Link {
     /// Hive position of the peer; null is the CPU.
     pub peer: Option<u32>,
-    /// Whether it carries traffic.
-    pub up: bool,
+    /// Whether all its lanes carry traffic (`up`), some (`degraded`) or none (`down`).
+    pub state: String,
+    /// Lanes that carry traffic.
+    pub lanes: u32,
     /// Errors since reset.
     pub errors: u32,
+    /// Bytes that left through it since reset.
+    pub bytes_out: u64,
+    /// Bytes that came through it since reset.
+    pub bytes_in: u64,
 }
 
 /// Memory errors.
@@ -159,6 +173,7 @@ impl Gpu {
             health,
             present,
             interrupts,
+            causes,
         } = status;
         Gpu {
             index,
@@ -167,6 +182,7 @@ impl Gpu {
             present,
             boot: kebab(boot.name()),
             interrupts,
+            causes,
             partitions: partitions.into_iter().map(Partition::from).collect(),
             queues: queues.into_iter().map(Queue::from).collect(),
             links: links.into_iter().map(Link::from).collect(),
@@ -229,6 +245,9 @@ impl From<QueueStatus> for Queue {
             fault,
             fault_address,
             fault_packet,
+            busy_ns,
+            stamp_start_ns,
+            stamp_end_ns,
         } = status;
         Queue {
             state: kebab(state.name()),
@@ -240,14 +259,31 @@ impl From<QueueStatus> for Queue {
             fault: kebab(fault.name()),
             fault_address,
             fault_packet,
+            busy_ns,
+            stamp_start_ns,
+            stamp_end_ns,
         }
     }
 }
 
 impl From<LinkStatus> for Link {
     fn from(status: LinkStatus) -> Link {
-        let LinkStatus { peer, up, errors } = status;
-        Link { peer, up, errors }
+        let LinkStatus {
+            peer,
+            state,
+            lanes,
+            errors,
+            bytes_out,
+            bytes_in,
+        } = status;
+        Link {
+            peer,
+            state: kebab(state.name()),
+            lanes,
+            errors,
+            bytes_out,
+            bytes_in,
+        }
     }
 }
 

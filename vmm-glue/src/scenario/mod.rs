@@ -85,6 +85,8 @@ struct Entry {
     count: Option<u32>,
     /// Parameter: how long a link is down, in milliseconds.
     down_ms: Option<u32>,
+    /// Parameter: lanes of a link that stay up.
+    lanes: Option<u32>,
     /// Parameter: how long a reset is stuck, in milliseconds; 0 = until `return`.
     ms: Option<u32>,
     /// Parameter: partition.
@@ -309,11 +311,12 @@ impl Entry {
 }
 
 /// Keys of parameters, for errors.
-const NAMES: [&str; 9] = [
+const NAMES: [&str; 10] = [
     "address",
     "code",
     "count",
     "down_ms",
+    "lanes",
     "ms",
     "partition",
     "peer",
@@ -402,7 +405,9 @@ fn check(planned: &Planned, plan: &Plan) -> Result<(), Wrong> {
     let Some(gpu) = plan.gpus.get(planned.gpu as usize) else {
         return Ok(());
     };
-    let queues = GpuConfig::new(planned.gpu, Vec::new()).queues as usize;
+    let usual = GpuConfig::new(planned.gpu, Vec::new()).queues;
+    let queues = plan.device.queues.as_ref();
+    let queues = queues.map_or(usual, |it| *it.get_ref()) as usize;
     let own = match gpu.exposure {
         Exposure::Ram => &[],
         _ => gpu.hbm.as_slice(),
@@ -429,6 +434,18 @@ fn check(planned: &Planned, plan: &Plan) -> Result<(), Wrong> {
         }
         Fault::LinkLoss { peer } | Fault::LinkReturn { peer } | Fault::LinkFlap { peer, .. } => {
             has_link(peer, gpu)
+        }
+        Fault::LinkWidth { peer, lanes } => {
+            has_link(peer, gpu)?;
+            let widths = gpu.links.iter();
+            let widths = widths.filter(|link| link.peer_hive_node == Some(peer));
+            let width = widths.map(|link| link.count).min().unwrap_or(0);
+            let help = Some(format!("it is 0 to {width}"));
+            let message = format!("is {lanes}; the link has {width} lanes");
+            match lanes <= width {
+                true => Ok(()),
+                false => Err(("lanes", message, help)),
+            }
         }
         Fault::BootFailure { code: 0 } => {
             let help = Some("the least is 1".to_owned());
@@ -560,7 +577,7 @@ mod tests {
             ),
             (
                 "gpu = 0\nkind = \"meteor\"\nat_ms = 1",
-                "it.toml:4: fault[0].kind: `meteor` is not known\n  help: it is one of correctable-error, uncorrectable-error, engine-hang, lost-doorbell, lost-interrupt, spurious-interrupt, link-loss, link-return, link-flap, boot-failure, boot-timeout, stuck-reset, scrub-failure, removal, return",
+                "it.toml:4: fault[0].kind: `meteor` is not known\n  help: it is one of correctable-error, uncorrectable-error, engine-hang, lost-doorbell, lost-interrupt, spurious-interrupt, link-loss, link-return, link-flap, link-width, boot-failure, boot-timeout, stuck-reset, scrub-failure, removal, return",
             ),
             (
                 "gpu = 0\nkind = \"engine-hang\"\nat_ms = 1",
@@ -581,6 +598,10 @@ mod tests {
             (
                 "gpu = 0\nkind = \"link-loss\"\npeer = 7\nat_ms = 1",
                 "it.toml:5: fault[0].peer: is 7, to which this GPU has no link\n  help: it has links to 1",
+            ),
+            (
+                "gpu = 0\nkind = \"link-width\"\npeer = 1\nlanes = 9\nat_ms = 1",
+                "it.toml:6: fault[0].lanes: is 9; the link has 4 lanes\n  help: it is 0 to 4",
             ),
             (
                 "gpu = 0\nkind = \"scrub-failure\"\npartition = 8\nat_ms = 1",

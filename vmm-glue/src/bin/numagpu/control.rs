@@ -178,7 +178,19 @@ fn gpu_text(out: &mut String, gpu: &Gpu) {
         "queue", "state", "packets", "bytes", "rptr", "wptr", "fault",
     ];
     table(out, &heading, &gpu.queues, queue_row);
-    table(out, &["link to", "state", "errors"], &gpu.links, link_row);
+    table(
+        out,
+        &[
+            "link to",
+            "state",
+            "lanes",
+            "errors",
+            "bytes out",
+            "bytes in",
+        ],
+        &gpu.links,
+        link_row,
+    );
 }
 
 fn partition_row(index: usize, partition: &Partition) -> Vec<String> {
@@ -233,8 +245,14 @@ fn link_row(_: usize, link: &Link) -> Vec<String> {
     let peer = link
         .peer
         .map_or_else(|| "CPU".to_owned(), |peer| format!("peer {peer}"));
-    let state = if link.up { "up" } else { "down" };
-    vec![peer, state.to_owned(), link.errors.to_string()]
+    vec![
+        peer,
+        link.state.clone(),
+        link.lanes.to_string(),
+        link.errors.to_string(),
+        link.bytes_out.to_string(),
+        link.bytes_in.to_string(),
+    ]
 }
 
 fn scenario_text(out: &mut String, played: &Played) {
