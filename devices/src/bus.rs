@@ -49,9 +49,10 @@ pub struct FunctionLayout {
 /// Why a function is reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResetKind {
-    /// Function-level reset by the driver (PCIe Base 6.0 section 6.6.2), or `DEVICE_RESET` by the VMM, which
-    /// stands for a hot reset of the bus.
+    /// Function-level reset by the driver (PCIe Base 6.0 section 6.6.2).
     Function,
+    /// Hot reset of the bus (PCIe Base 6.0 section 6.6.1): the VMM asks for it, when the machine is reset too.
+    Hot,
     /// The VMM went away; the next one starts with a device fresh from power-on.
     Disconnect,
 }
@@ -206,9 +207,10 @@ pub trait HbmStore: Send + Sync {
     fn file(&self) -> Option<BorrowedFd<'_>> {
         None
     }
-    /// Makes every byte read as zero and gives the pages back to the host.
+    /// Makes `len` bytes from `offset`, which are inside the store, read as zero and gives their pages back to the
+    /// host.
     ///
     /// # Errors
-    /// The host's error; the contents are then undefined.
-    fn scrub(&self) -> std::io::Result<()>;
+    /// The host's error; the contents of the range are then undefined.
+    fn scrub(&self, offset: u64, len: u64) -> std::io::Result<()>;
 }

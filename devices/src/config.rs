@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use numagpu_spec::regs::TimingMode;
 use numagpu_spec::{pci, regs};
 use thiserror::Error;
 
 use crate::aperture::{ApertureConfig, ApertureError};
 use crate::bus::{Bar, HbmStore};
 use crate::clock::{Clock, HostClock};
+use crate::config_space::ResizableBar;
 use crate::fabric::FabricError;
 use crate::registers::TableError;
 
@@ -99,10 +101,17 @@ pub struct GpuConfig {
     pub boot_fault: u32,
     /// Source of time.
     pub clock: Arc<dyn Clock>,
+    /// What time stamps of queues mean, and whether work takes as long.
+    pub timing: TimingMode,
+    /// MB/s of the HBM; 0 = not known, no limit to modelled time.
+    pub hbm_bandwidth_mbs: u32,
+    /// Latency of the HBM in ns; 0 = not known.
+    pub hbm_latency_ns: u32,
 }
 
 impl GpuConfig {
-    /// A GPU on its own: default ids, no aperture, 2 queues, no hive, no links, 1 ms to boot, the host's clock.
+    /// A GPU on its own: default ids, no aperture, 2 queues, no hive, no links, 1 ms to boot, the host's
+    /// clock and speed.
     pub fn new(index: u32, partitions: Vec<PartitionConfig>) -> GpuConfig {
         GpuConfig {
             index,
@@ -118,6 +127,9 @@ impl GpuConfig {
             boot_delay: Duration::from_millis(1),
             boot_fault: 0,
             clock: Arc::new(HostClock::new()),
+            timing: TimingMode::Off,
+            hbm_bandwidth_mbs: 0,
+            hbm_latency_ns: 0,
         }
     }
 
@@ -190,6 +202,17 @@ impl GpuConfig {
         ];
         bars.extend(self.aperture.map(|it| it.bar(&self.partitions)));
         bars
+    }
+
+    /// How small software may make the aperture of a configuration that passed the check: so that it holds the first
+    /// partition.
+    pub(crate) fn resizable(&self) -> Option<ResizableBar> {
+        let aperture = self.aperture.as_ref()?;
+        let first = self.partitions.first()?.size;
+        Some(ResizableBar {
+            bar: pci::BAR_APERTURE,
+            least: first.checked_next_power_of_two()?.min(aperture.size),
+        })
     }
 }
 

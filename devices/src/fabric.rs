@@ -1,16 +1,23 @@
 //! The fabric: what the GPUs of a machine know of each other's HBM, and the links between them.
 //!
-//! Every GPU joins when it is created and leaves when it is dropped. Engines ask the fabric whose an address
-//! is, and whether a route of links that are up leads there; several hops are allowed, as over XGMI. The lock
-//! is a leaf: it is held to look something up or to change a link, never while memory moves.
+//! Every GPU joins when it is created and leaves when it is dropped. Engines learn from the fabric whose an address
+//! is, and whether a route of links that are up leads there; several hops are allowed, as over XGMI. They keep what
+//! they learned until the fabric's generation passes, which every change makes it do. The locks are leaves: they are
+//! held to look something up or to change a link, never while memory moves.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use numagpu_spec::pci;
+use numagpu_spec::regs::IrqBits;
 use thiserror::Error;
 
+use crate::irq::Irq;
+pub use crate::link::LinkEnd;
+use crate::modes::Modes;
 use crate::partition::Partition;
+use crate::route::{Seen, View, routes};
 
 /// Why a GPU cannot join, or a link cannot change.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -45,40 +52,20 @@ pub enum FabricError {
         /// Position of the other.
         to: u32,
     },
-}
-
-/// One end of a link, at the GPU whose `LINK` block shows it.
-#[derive(Debug)]
-pub struct LinkEnd {
-    /// Hive position of the other end; `None` is the CPU.
-    pub peer: Option<u32>,
-    up: AtomicBool,
-    errors: AtomicU32,
-}
-
-impl LinkEnd {
-    /// A link that is up.
-    pub(crate) fn new(peer: Option<u32>) -> LinkEnd {
-        LinkEnd {
-            peer,
-            up: AtomicBool::new(true),
-            errors: AtomicU32::new(0),
-        }
-    }
-
-    /// Whether it carries traffic.
-    pub fn is_up(&self) -> bool {
-        self.up.load(Ordering::Acquire)
-    }
-
-    /// Errors since reset.
-    pub fn errors(&self) -> u32 {
-        self.errors.load(Ordering::Acquire)
-    }
-
-    pub(crate) fn clear_errors(&self) {
-        self.errors.store(0, Ordering::Release);
-    }
+    /// More lanes than a link has.
+    #[error("a link between GPUs {from} and {to} of hive {hive:#x} has {width} lanes, not {lanes}")]
+    Lanes {
+        /// Hive.
+        hive: u64,
+        /// Position of one end.
+        from: u32,
+        /// Position of the other.
+        to: u32,
+        /// Lanes asked for.
+        lanes: u32,
+        /// Lanes that it has.
+        width: u32,
+    },
 }
 
 /// Place of a GPU in the fabric.
@@ -93,15 +80,15 @@ pub struct Place {
 /// What a GPU shares with the others.
 pub(crate) struct Member {
     pub(crate) place: Place,
-    pub(crate) partitions: Vec<Arc<Partition>>,
+    pub(crate) modes: Modes,
     pub(crate) links: Vec<LinkEnd>,
+    pub(crate) irq: Arc<Irq>,
 }
 
 /// Whose an address is.
-#[derive(Clone)]
-pub(crate) struct Window {
-    pub(crate) place: Place,
-    pub(crate) partition: Arc<Partition>,
+struct Window {
+    place: Place,
+    partition: Arc<Partition>,
 }
 
 #[derive(Default)]
@@ -111,10 +98,27 @@ struct Inner {
     windows: BTreeMap<u64, Window>,
 }
 
+impl Inner {
+    /// Lets engines find the partitions of a GPU.
+    fn show(&mut self, place: Place, partitions: &[Arc<Partition>]) {
+        for partition in partitions {
+            let window = Window {
+                place,
+                partition: Arc::clone(partition),
+            };
+            self.windows.insert(partition.base(), window);
+        }
+    }
+}
+
 /// The GPUs of one machine and the links between them.
 #[derive(Default)]
 pub struct Fabric {
     inner: RwLock<Inner>,
+    /// Passes after each change.
+    generation: AtomicU64,
+    /// What GPUs see, of this generation; made when it is asked for.
+    views: RwLock<BTreeMap<Place, Arc<View>>>,
 }
 
 impl Fabric {
@@ -129,72 +133,117 @@ impl Fabric {
     /// # Errors
     /// [`FabricError::NoLink`].
     pub fn set_link(&self, hive: u64, from: u32, to: u32, up: bool) -> Result<(), FabricError> {
+        self.set_lanes(hive, from, to, |end| Ok(if up { end.width() } else { 0 }))
+    }
+
+    /// Lets `lanes` of the lanes of every link between two GPUs of a hive carry traffic, on both ends; with fewer
+    /// than all it is degraded, with none it is down. Each end that loses lanes counts an error.
+    ///
+    /// # Errors
+    /// [`FabricError::NoLink`]; [`FabricError::Lanes`] if a link has fewer; then nothing is changed.
+    pub fn set_link_lanes(
+        &self,
+        hive: u64,
+        from: u32,
+        to: u32,
+        lanes: u32,
+    ) -> Result<(), FabricError> {
+        self.set_lanes(hive, from, to, |end| match end.width() {
+            width if width < lanes => Err(FabricError::Lanes {
+                hive,
+                from,
+                to,
+                lanes,
+                width,
+            }),
+            _ => Ok(lanes),
+        })
+    }
+
+    fn set_lanes(
+        &self,
+        hive: u64,
+        from: u32,
+        to: u32,
+        lanes: impl Fn(&LinkEnd) -> Result<u32, FabricError>,
+    ) -> Result<(), FabricError> {
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
         let ends = |near: u32, far: u32| {
             let member = inner.members.get(&Place { hive, node: near });
             let links = member.into_iter().flat_map(|member| &member.links);
             links.filter(move |link| link.peer == Some(far))
         };
-        let mut found = false;
-        for link in ends(from, to).chain(ends(to, from)) {
-            found = true;
-            if link.up.swap(up, Ordering::AcqRel) && !up {
-                link.errors.fetch_add(1, Ordering::AcqRel);
-            }
+        let all = ends(from, to).chain(ends(to, from));
+        let changes: Vec<_> = all
+            .map(|end| Ok((end, lanes(end)?)))
+            .collect::<Result<_, FabricError>>()?;
+        if changes.is_empty() {
+            return Err(FabricError::NoLink { hive, from, to });
         }
-        if found {
-            Ok(())
-        } else {
-            Err(FabricError::NoLink { hive, from, to })
+        let mut changed = false;
+        for (end, lanes) in changes {
+            changed |= end.set_lanes(lanes);
         }
+        if !changed {
+            return Ok(());
+        }
+        self.changed();
+        let told = [from, to].map(|node| inner.members.get(&Place { hive, node }).cloned());
+        drop(inner);
+        for member in told.iter().flatten() {
+            member.irq.raise(IrqBits::LINK.bits(), pci::VECTOR_EVENTS);
+        }
+        Ok(())
     }
 
     /// Number of links on the shortest route of links that are up from one GPU to another; `None` if there is no route.
     pub fn hops(&self, from: Place, to: Place) -> Option<u32> {
-        if from == to {
-            return Some(0);
-        }
-        if from.hive != to.hive || from.hive == 0 {
-            return None;
-        }
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
-        let mut reached = vec![from];
-        let mut frontier = vec![from];
-        let mut hops = 0;
-        while !frontier.is_empty() {
-            hops += 1;
-            let mut next = Vec::new();
-            for place in frontier {
-                let Some(member) = inner.members.get(&place) else {
-                    continue;
-                };
-                for link in member.links.iter().filter(|link| link.is_up()) {
-                    let Some(node) = link.peer else { continue };
-                    let peer = Place { node, ..place };
-                    if peer == to {
-                        return inner.members.contains_key(&to).then_some(hops);
-                    }
-                    if !reached.contains(&peer) {
-                        reached.push(peer);
-                        next.push(peer);
-                    }
-                }
-            }
-            frontier = next;
-        }
-        None
+        let routes = routes(&inner.members, from);
+        u32::try_from(routes.get(&to)?.len()).ok()
     }
 
-    /// The HBM that covers `address`, or else the first address of the next HBM above it.
-    pub(crate) fn find(&self, address: u64) -> Result<Window, Option<u64>> {
-        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
-        let below = inner.windows.range(..=address).next_back();
-        if let Some((_, window)) = below.filter(|(_, w)| address < w.partition.end()) {
-            return Ok(window.clone());
+    /// Passes with every change. A view of another generation is out of date.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// What the GPU at `from` sees.
+    pub(crate) fn view(&self, from: Place) -> Arc<View> {
+        let views = self.views.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(view) = views.get(&from) {
+            return Arc::clone(view);
         }
-        let above = address.checked_add(1);
-        let above = above.and_then(|from| inner.windows.range(from..).next());
-        Err(above.map(|(base, _)| *base))
+        drop(views);
+        // Read first: what changes while the view is made makes it out of date.
+        let generation = self.generation();
+        let view = Arc::new(self.look(from, generation));
+        let mut views = self.views.write().unwrap_or_else(PoisonError::into_inner);
+        if self.generation() == generation {
+            views.insert(from, Arc::clone(&view));
+        }
+        view
+    }
+
+    fn look(&self, from: Place, generation: u64) -> View {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        let routes = routes(&inner.members, from);
+        let windows = inner.windows.values().map(|window| Seen {
+            partition: Arc::clone(&window.partition),
+            route: routes.get(&window.place).cloned(),
+        });
+        View {
+            generation,
+            windows: windows.collect(),
+            home: inner.members.get(&from).cloned(),
+        }
+    }
+
+    /// To be called after each change: engines look anew before they touch anything more.
+    fn changed(&self) {
+        let mut views = self.views.write().unwrap_or_else(PoisonError::into_inner);
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        views.clear();
     }
 
     pub(crate) fn join(&self, member: Arc<Member>) -> Result<(), FabricError> {
@@ -206,7 +255,7 @@ impl Fabric {
                 node: place.node,
             });
         }
-        for partition in &member.partitions {
+        for partition in member.modes.planned() {
             let clash = inner.windows.values().find(|other| {
                 partition.base() < other.partition.end() && other.partition.base() < partition.end()
             });
@@ -219,20 +268,27 @@ impl Fabric {
                 });
             }
         }
-        for partition in &member.partitions {
-            let window = Window {
-                place,
-                partition: Arc::clone(partition),
-            };
-            inner.windows.insert(partition.base(), window);
-        }
+        inner.show(place, member.modes.active());
         inner.members.insert(place, member);
+        self.changed();
         Ok(())
+    }
+
+    /// Puts another mode of a member in force.
+    pub(crate) fn divide(&self, member: &Member, count: usize) {
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        inner
+            .windows
+            .retain(|_, window| window.place != member.place);
+        member.modes.activate(count);
+        inner.show(member.place, member.modes.active());
+        self.changed();
     }
 
     pub(crate) fn leave(&self, place: Place) {
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
         inner.members.remove(&place);
         inner.windows.retain(|_, window| window.place != place);
+        self.changed();
     }
 }

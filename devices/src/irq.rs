@@ -1,10 +1,10 @@
 //! Interrupt causes: pending bits, enables, and the message.
 //!
 //! A cause sets its bit in `IRQ.STATUS` whatever is enabled; a message goes out only where `IRQ.ENABLE` has
-//! the bit. Masking of single vectors is the VMM's business, which emulates the MSI-X table. The block's
+//! the bit and the function is bus master. Masking of single vectors is the VMM's business, which emulates the MSI-X table. The block's
 //! registers live in the register file, where the driver's write-1-to-clear meets the device's set atomically.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use numagpu_spec::regs::irq;
@@ -17,14 +17,22 @@ use crate::registers::{RegisterFile, address};
 /// [`InterruptSink::trigger`] must not call back into the function.
 pub struct Irq {
     registers: Arc<RegisterFile<'static>>,
+    /// Whether the function may write to memory, as a message is one (PCI Local Bus 3.0 section 6.8.3).
+    bus_master: Arc<AtomicBool>,
     sink: Mutex<Option<Arc<dyn InterruptSink>>>,
+    /// Messages that get lost.
+    lose: AtomicU32,
+    causes: AtomicU64,
 }
 
 impl Irq {
-    /// The block whose registers are in `registers`.
-    pub fn new(registers: Arc<RegisterFile<'static>>) -> Irq {
+    /// The block whose registers are in `registers`; it sends messages while `bus_master` is set.
+    pub fn new(registers: Arc<RegisterFile<'static>>, bus_master: Arc<AtomicBool>) -> Irq {
         Irq {
             registers,
+            bus_master,
+            lose: AtomicU32::new(0),
+            causes: AtomicU64::new(0),
             sink: Mutex::new(None),
         }
     }
@@ -39,12 +47,31 @@ impl Irq {
         *self.sink.lock().unwrap_or_else(PoisonError::into_inner) = sink;
     }
 
+    /// Causes since power-on, whether a message was sent or not.
+    pub fn causes(&self) -> u64 {
+        self.causes.load(Ordering::Acquire)
+    }
+
     /// A cause: sets `bits`, and sends the message of `vector` if one of them is enabled.
     pub fn raise(&self, bits: u32, vector: u16) {
+        self.set_and_send(bits, vector);
+        self.causes.fetch_add(1, Ordering::AcqRel);
+    }
+
+    fn set_and_send(&self, bits: u32, vector: u16) {
         self.update(&irq::STATUS, |cell| {
             cell.fetch_or(u64::from(bits), Ordering::AcqRel);
         });
         if self.registers.get(&irq::BLOCK, 0, &irq::ENABLE) & u64::from(bits) == 0 {
+            return;
+        }
+        if !self.bus_master.load(Ordering::SeqCst) {
+            return;
+        }
+        let lost = self
+            .lose
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
+        if lost.is_ok() {
             return;
         }
         let sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
@@ -54,6 +81,22 @@ impl Irq {
                 cell.fetch_add(1, Ordering::AcqRel);
             });
             // Nobody listening is no fault: the bit stays pending.
+            let _heard = sink.trigger(vector);
+        }
+    }
+
+    /// The next `count` messages get lost on their way; their bits in `IRQ.STATUS` do not.
+    pub fn lose_next(&self, count: u32) {
+        self.lose.store(count, Ordering::Release);
+    }
+
+    /// Sends the message of `vector` for no cause. Nothing if no VMM is there or the function is no bus master.
+    pub fn spurious(&self, vector: u16) {
+        let sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sink) = sink
+            .as_ref()
+            .filter(|_| self.bus_master.load(Ordering::SeqCst))
+        {
             let _heard = sink.trigger(vector);
         }
     }

@@ -10,17 +10,20 @@
 //! | [`config_space`], [`registers`] | checked tables for configuration space and BARs; any access becomes whole registers |
 //! | [`boot`], [`clock`], [`irq`] | handshake, time, interrupt causes |
 //! | [`ownership`], [`partition`], [`coherence`], [`scrub`] | who owns HBM, who may touch it now, whether the VMM really maps it |
-//! | [`queue`], `worker`, `ring`, [`packet`], [`engine`], [`atomic`] | doorbells and states; workers; reading ahead; decoding; moving bytes; atomic operations |
+//! | [`queue`], `worker`, `patience`, `ring`, [`packet`], [`engine`], `span`, [`atomic`] | doorbells and states; workers; how long they wait awake; reading ahead; decoding; moving bytes; where they are; atomic operations |
 //! | [`aperture`] | the BAR through which CPUs reach HBM that is no memory of the machine |
-//! | [`fabric`] | peers of a hive and the links to them |
+//! | [`priority`], [`timing`] | which queue goes first; modelled and paced time |
+//! | [`fabric`], [`link`], `route` | peers of a hive, the links to them, the ways over several |
+//! | [`health`], [`inject`] | memory errors and retired pages; faults on demand |
+//! | [`kit`] | a PCI function of one's own out of a register table and one trait |
+//! | `modes` | how HBM can be divided into partitions |
 //! | [`memory`] | HBM in the memory of this process |
 //!
 //! Rules that hold everywhere: nothing that a guest or a client sends makes the crate panic; register accesses
 //! wait for no copy; engines touch only what the queue's token owns at that moment; after a reset or a detach no
 //! worker touches memory.
 //!
-//! Not implemented yet: modelled and paced timing; fault injection
-//! other than boot faults and links that go down; resizable BARs.
+//! Not implemented: an expansion ROM.
 
 #![forbid(unsafe_code)]
 
@@ -37,20 +40,31 @@ pub mod config_space;
 pub mod engine;
 pub mod fabric;
 pub mod gpu;
+pub mod health;
+pub mod inject;
 pub mod irq;
+pub mod kit;
 pub mod limit;
+pub mod link;
 pub mod memory;
+mod modes;
 pub mod ownership;
 pub mod packet;
 pub mod partition;
+mod patience;
+pub mod priority;
 pub mod queue;
 pub mod registers;
 mod ring;
+mod route;
 pub mod scrub;
+mod span;
 #[cfg(any(test, feature = "test-support"))]
 pub mod test_support;
 #[cfg(test)]
 mod tests;
+mod ticker;
+pub mod timing;
 mod worker;
 
 pub use aperture::ApertureConfig;

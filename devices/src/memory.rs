@@ -53,8 +53,8 @@ impl HbmStore for AnonymousStore {
     }
 
     /// Writes zeros; anonymous pages cannot be given back without unsafe code.
-    fn scrub(&self) -> io::Result<()> {
-        let all = self.region.as_volatile_slice();
+    fn scrub(&self, offset: u64, len: u64) -> io::Result<()> {
+        let all = self.slice(offset, len).map_err(io::Error::other)?;
         let zeros = [0; 4096];
         let mut done = 0;
         while done < all.len() {

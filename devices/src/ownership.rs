@@ -6,63 +6,11 @@
 
 use std::collections::VecDeque;
 
-use numagpu_spec::regs::{OwnerResult, OwnerState};
+pub use numagpu_spec::regs::OwnerEvent as Event;
+use numagpu_spec::regs::{OwnerLoss, OwnerResult, OwnerState};
 
 /// Steps that a partition remembers for a post-mortem.
 pub const HISTORY: usize = 32;
-
-/// What happens to a partition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Event {
-    /// CLAIM with a token, while booted and coherent.
-    Claim,
-    /// CLAIM with token 0.
-    ClaimBadToken,
-    /// CLAIM before the boot is over.
-    ClaimNotReady,
-    /// CLAIM while the VMM does not map this HBM where the plan says.
-    ClaimNotCoherent,
-    /// RELEASE with the owner's token.
-    Release,
-    /// RELEASE with another token.
-    ReleaseByOther,
-    /// TRANSFER with the owner's token, to a token.
-    Transfer,
-    /// TRANSFER with another token.
-    TransferByOther,
-    /// TRANSFER with the owner's token, to token 0.
-    TransferBadToken,
-    /// A command that does not exist.
-    BadCommand,
-    /// The function was reset.
-    FunctionReset,
-    /// The VMM went away.
-    Disconnect,
-    /// The scrubber is done.
-    Scrubbed,
-    /// The scrubber failed.
-    ScrubFailed,
-}
-
-impl Event {
-    /// Every event.
-    pub const ALL: &'static [Event] = &[
-        Event::Claim,
-        Event::ClaimBadToken,
-        Event::ClaimNotReady,
-        Event::ClaimNotCoherent,
-        Event::Release,
-        Event::ReleaseByOther,
-        Event::Transfer,
-        Event::TransferByOther,
-        Event::TransferBadToken,
-        Event::BadCommand,
-        Event::FunctionReset,
-        Event::Disconnect,
-        Event::Scrubbed,
-        Event::ScrubFailed,
-    ];
-}
 
 /// What an edge asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -73,6 +21,8 @@ pub enum Action {
     Own,
     /// The new token becomes the owner.
     HandOver,
+    /// The owner's lease begins anew.
+    Renew,
     /// There is no owner any more, and the scrubber has to run.
     Scrub,
     /// The generation grows; an owner that lost the partition is told.
@@ -92,7 +42,7 @@ pub struct Edge {
 
 /// The table of edges.
 pub const fn edge(state: OwnerState, event: Event) -> Edge {
-    use Action::{Free, HandOver, Nothing, Own, Scrub};
+    use Action::{Free, HandOver, Nothing, Own, Renew, Scrub};
     use Event as E;
     use OwnerResult as R;
     use OwnerState as S;
@@ -105,12 +55,27 @@ pub const fn edge(state: OwnerState, event: Event) -> Edge {
         (S::Free, E::ClaimNotCoherent) => (S::Free, Nothing, Some(R::NotCoherent)),
         (
             S::Free,
-            E::Release | E::ReleaseByOther | E::Transfer | E::TransferByOther | E::TransferBadToken,
+            E::Release
+            | E::ReleaseByOther
+            | E::Transfer
+            | E::TransferByOther
+            | E::TransferBadToken
+            | E::Renew
+            | E::RenewByOther,
         ) => (S::Free, Nothing, Some(R::NotOwner)),
         // What is free holds zeros as far as engines go, but the guest's CPUs reach it all the time: the next
         // VMM must not find their data.
-        (S::Free, E::Disconnect) => (S::Releasing, Scrub, None),
-        (S::Free, E::FunctionReset | E::Scrubbed | E::ScrubFailed) => (S::Free, Nothing, None),
+        // The same where the borders of partitions move: what is free now was another partition's.
+        (S::Free, E::Disconnect | E::PartitionChange) => (S::Releasing, Scrub, None),
+        (
+            S::Free,
+            E::FunctionReset
+            | E::HotReset
+            | E::BusMasterOff
+            | E::LeaseExpired
+            | E::Scrubbed
+            | E::ScrubFailed,
+        ) => (S::Free, Nothing, None),
 
         (S::Claimed, E::Claim | E::ClaimNotReady | E::ClaimNotCoherent) => {
             (S::Claimed, Nothing, Some(R::Busy))
@@ -120,10 +85,19 @@ pub const fn edge(state: OwnerState, event: Event) -> Edge {
         }
         (S::Claimed, E::Release) => (S::Releasing, Scrub, Some(R::Ok)),
         (S::Claimed, E::Transfer) => (S::Claimed, HandOver, Some(R::Ok)),
-        (S::Claimed, E::ReleaseByOther | E::TransferByOther) => {
+        (S::Claimed, E::Renew) => (S::Claimed, Renew, Some(R::Ok)),
+        (S::Claimed, E::ReleaseByOther | E::TransferByOther | E::RenewByOther) => {
             (S::Claimed, Nothing, Some(R::NotOwner))
         }
-        (S::Claimed, E::FunctionReset | E::Disconnect) => (S::Releasing, Scrub, None),
+        (
+            S::Claimed,
+            E::FunctionReset
+            | E::HotReset
+            | E::BusMasterOff
+            | E::LeaseExpired
+            | E::PartitionChange
+            | E::Disconnect,
+        ) => (S::Releasing, Scrub, None),
         (S::Claimed, E::Scrubbed | E::ScrubFailed) => (S::Claimed, Nothing, None),
 
         (
@@ -136,12 +110,17 @@ pub const fn edge(state: OwnerState, event: Event) -> Edge {
             | E::ReleaseByOther
             | E::Transfer
             | E::TransferByOther
-            | E::TransferBadToken,
+            | E::TransferBadToken
+            | E::Renew
+            | E::RenewByOther,
         ) => (S::Releasing, Nothing, Some(R::Releasing)),
         // The scrub that is under way serves: nobody owned the partition since it began.
-        (S::Releasing, E::FunctionReset) => (S::Releasing, Nothing, None),
-        // Not so for a disconnect: until then CPUs could write behind the scrubber. It runs once more.
-        (S::Releasing, E::Disconnect) => (S::Releasing, Scrub, None),
+        (S::Releasing, E::FunctionReset | E::HotReset | E::BusMasterOff | E::LeaseExpired) => {
+            (S::Releasing, Nothing, None)
+        }
+        // Not so for a disconnect: until then CPUs could write behind the scrubber. It runs once more. Nor where
+        // borders move: others may have owned the memory since.
+        (S::Releasing, E::Disconnect | E::PartitionChange) => (S::Releasing, Scrub, None),
         (S::Releasing, E::Scrubbed) => (S::Free, Free, None),
         (S::Releasing, E::ScrubFailed) => (S::Faulted, Nothing, None),
 
@@ -155,15 +134,45 @@ pub const fn edge(state: OwnerState, event: Event) -> Edge {
             | E::ReleaseByOther
             | E::Transfer
             | E::TransferByOther
-            | E::TransferBadToken,
+            | E::TransferBadToken
+            | E::Renew
+            | E::RenewByOther,
         ) => (S::Faulted, Nothing, Some(R::Faulted)),
-        (S::Faulted, E::FunctionReset | E::Disconnect) => (S::Releasing, Scrub, None),
-        (S::Faulted, E::Scrubbed | E::ScrubFailed) => (S::Faulted, Nothing, None),
+        (S::Faulted, E::FunctionReset | E::HotReset | E::PartitionChange | E::Disconnect) => {
+            (S::Releasing, Scrub, None)
+        }
+        (S::Faulted, E::BusMasterOff | E::LeaseExpired | E::Scrubbed | E::ScrubFailed) => {
+            (S::Faulted, Nothing, None)
+        }
     };
     Edge {
         next,
         action,
         result,
+    }
+}
+
+/// Why an owner loses the partition by an event that it did not ask for.
+const fn loss(event: Event) -> Option<OwnerLoss> {
+    match event {
+        Event::FunctionReset => Some(OwnerLoss::FunctionReset),
+        Event::HotReset => Some(OwnerLoss::HotReset),
+        Event::BusMasterOff => Some(OwnerLoss::BusMasterOff),
+        Event::LeaseExpired => Some(OwnerLoss::LeaseExpired),
+        Event::PartitionChange => Some(OwnerLoss::PartitionChange),
+        Event::Disconnect => Some(OwnerLoss::Disconnect),
+        _ => None,
+    }
+}
+
+/// End of a lease that has none, in nanoseconds.
+pub const ENDLESS: u64 = u64::MAX;
+
+/// End of a lease of `ms` milliseconds, 0 for one without end, that begins at `now_ns`.
+const fn lease_end(ms: u32, now_ns: u64) -> u64 {
+    match ms {
+        0 => ENDLESS,
+        ms => now_ns.saturating_add(ms as u64 * 1_000_000),
     }
 }
 
@@ -188,6 +197,9 @@ pub struct Machine {
     owner: u64,
     generation: u32,
     result: OwnerResult,
+    /// When the owner's lease ends; 0 without an owner.
+    lease_end: u64,
+    loss: OwnerLoss,
     /// Whether an owner that still runs lost the partition to the scrub under way.
     lost: bool,
     /// Scrubs asked for and not yet done; only the last one frees.
@@ -202,6 +214,8 @@ pub struct Circumstances {
     pub token: u64,
     /// `PARTITION.NEW_TOKEN`.
     pub new_token: u64,
+    /// `PARTITION.LEASE_MS`.
+    pub lease_ms: u32,
     /// Whether `BOOT.STATUS` is READY.
     pub ready: bool,
     /// Whether the partition is coherently attached, or in an aperture.
@@ -213,7 +227,7 @@ pub struct Circumstances {
 pub enum Duty {
     /// Nothing.
     Nothing,
-    /// Give the partition to the scrubber.
+    /// Give the partition to the scrubber; it has no owner now.
     Scrub,
     /// Raise the OWNERSHIP interrupt.
     Notify,
@@ -227,6 +241,8 @@ impl Machine {
             owner: 0,
             generation: 0,
             result: OwnerResult::None,
+            lease_end: 0,
+            loss: OwnerLoss::None,
             lost: false,
             scrubs: 0,
             history: VecDeque::with_capacity(HISTORY),
@@ -253,8 +269,18 @@ impl Machine {
         self.result
     }
 
+    /// When the owner's lease ends in nanoseconds, [`ENDLESS`] if it does not; 0 if there is no owner.
+    pub fn lease_end(&self) -> u64 {
+        self.lease_end
+    }
+
+    /// Why an owner last lost the partition without asking.
+    pub fn loss(&self) -> OwnerLoss {
+        self.loss
+    }
+
     /// The last steps, oldest first, at most [`HISTORY`].
-    pub fn history(&self) -> impl Iterator<Item = &Step> {
+    pub fn history(&self) -> impl DoubleEndedIterator<Item = &Step> + ExactSizeIterator {
         self.history.iter()
     }
 
@@ -277,16 +303,26 @@ impl Machine {
             Some(OwnerCommand::Transfer) if !is_owner => Event::TransferByOther,
             Some(OwnerCommand::Transfer) if with.new_token == 0 => Event::TransferBadToken,
             Some(OwnerCommand::Transfer) => Event::Transfer,
+            Some(OwnerCommand::Renew) if is_owner => Event::Renew,
+            Some(OwnerCommand::Renew) => Event::RenewByOther,
         };
-        self.step(event, with.token, with.new_token, now_ns)
+        self.step(event, Some(&with), now_ns)
+    }
+
+    /// Ends a lease that is over at `now_ns`.
+    pub fn expire(&mut self, now_ns: u64) -> Duty {
+        if self.state == OwnerState::Claimed && now_ns >= self.lease_end {
+            return self.incident(Event::LeaseExpired, now_ns);
+        }
+        Duty::Nothing
     }
 
     /// An incident that no driver asked for.
     pub fn incident(&mut self, event: Event, now_ns: u64) -> Duty {
-        self.step(event, 0, 0, now_ns)
+        self.step(event, None, now_ns)
     }
 
-    fn step(&mut self, event: Event, token: u64, new_token: u64, now_ns: u64) -> Duty {
+    fn step(&mut self, event: Event, with: Option<&Circumstances>, now_ns: u64) -> Duty {
         if matches!(event, Event::Scrubbed | Event::ScrubFailed) {
             self.scrubs = self.scrubs.saturating_sub(1);
             if self.scrubs > 0 {
@@ -301,15 +337,20 @@ impl Machine {
             self.result = result;
         }
         match event {
-            Event::FunctionReset => {
-                self.result = OwnerResult::None;
-                self.lost |= from == OwnerState::Claimed;
-            }
-            Event::Disconnect => {
-                self.result = OwnerResult::None;
-                self.lost = false;
+            Event::FunctionReset | Event::HotReset | Event::PartitionChange | Event::Disconnect => {
+                self.result = OwnerResult::None
             }
             _ => {}
+        }
+        if let Some(loss) = loss(event)
+            && from == OwnerState::Claimed
+        {
+            self.loss = loss;
+            self.lost = true;
+        }
+        if event == Event::Disconnect {
+            // Nobody is left to be told.
+            self.lost = false;
         }
         if from != taken.next || taken.action != Action::Nothing {
             if self.history.len() == HISTORY {
@@ -322,19 +363,29 @@ impl Machine {
                 to: taken.next,
             });
         }
+        let (token, new_token, lease_ms) = with.map_or((0, 0, 0), |with| {
+            (with.token, with.new_token, with.lease_ms)
+        });
         match taken.action {
             Action::Nothing => Duty::Nothing,
             Action::Own => {
                 self.owner = token;
                 self.generation = self.generation.wrapping_add(1);
+                self.lease_end = lease_end(lease_ms, now_ns);
                 Duty::Nothing
             }
             Action::HandOver => {
                 self.owner = new_token;
+                self.lease_end = lease_end(lease_ms, now_ns);
+                Duty::Nothing
+            }
+            Action::Renew => {
+                self.lease_end = lease_end(lease_ms, now_ns);
                 Duty::Nothing
             }
             Action::Scrub => {
                 self.owner = 0;
+                self.lease_end = 0;
                 if self.scrubs >= 2 {
                     // One scrub is at work and one has not begun: the latter serves this time too.
                     return Duty::Nothing;
@@ -368,7 +419,7 @@ mod tests {
     /// no edge changes unnoticed.
     #[test]
     fn the_full_product_of_states_and_events() {
-        use Action::{Free as Freed, HandOver, Nothing as No, Own, Scrub};
+        use Action::{Free as Freed, HandOver, Nothing as No, Own, Renew, Scrub};
         use OwnerResult as R;
         use OwnerState::{Claimed, Faulted, Free, Releasing};
         let refuse = |state, result| (state, No, Some(result));
@@ -386,8 +437,14 @@ mod tests {
                     refuse(Free, R::NotOwner),
                     refuse(Free, R::NotOwner),
                     refuse(Free, R::NotOwner),
+                    refuse(Free, R::NotOwner),
+                    refuse(Free, R::NotOwner),
                     refuse(Free, R::BadCommand),
                     ignore(Free),
+                    ignore(Free),
+                    ignore(Free),
+                    ignore(Free),
+                    (Releasing, Scrub, None),
                     (Releasing, Scrub, None),
                     ignore(Free),
                     ignore(Free),
@@ -405,7 +462,13 @@ mod tests {
                     (Claimed, HandOver, Some(R::Ok)),
                     refuse(Claimed, R::NotOwner),
                     refuse(Claimed, R::BadToken),
+                    (Claimed, Renew, Some(R::Ok)),
+                    refuse(Claimed, R::NotOwner),
                     refuse(Claimed, R::BadCommand),
+                    (Releasing, Scrub, None),
+                    (Releasing, Scrub, None),
+                    (Releasing, Scrub, None),
+                    (Releasing, Scrub, None),
                     (Releasing, Scrub, None),
                     (Releasing, Scrub, None),
                     ignore(Claimed),
@@ -424,8 +487,14 @@ mod tests {
                     refuse(Releasing, R::Releasing),
                     refuse(Releasing, R::Releasing),
                     refuse(Releasing, R::Releasing),
+                    refuse(Releasing, R::Releasing),
+                    refuse(Releasing, R::Releasing),
                     refuse(Releasing, R::BadCommand),
                     ignore(Releasing),
+                    ignore(Releasing),
+                    ignore(Releasing),
+                    ignore(Releasing),
+                    (Releasing, Scrub, None),
                     (Releasing, Scrub, None),
                     (Free, Freed, None),
                     ignore(Faulted),
@@ -443,7 +512,13 @@ mod tests {
                     refuse(Faulted, R::Faulted),
                     refuse(Faulted, R::Faulted),
                     refuse(Faulted, R::Faulted),
+                    refuse(Faulted, R::Faulted),
+                    refuse(Faulted, R::Faulted),
                     refuse(Faulted, R::BadCommand),
+                    (Releasing, Scrub, None),
+                    (Releasing, Scrub, None),
+                    ignore(Faulted),
+                    ignore(Faulted),
                     (Releasing, Scrub, None),
                     (Releasing, Scrub, None),
                     ignore(Faulted),
@@ -483,12 +558,15 @@ mod tests {
     const GOOD: Circumstances = Circumstances {
         token: 7,
         new_token: 9,
+        lease_ms: 0,
         ready: true,
         coherent: true,
     };
     const CLAIM: u32 = 1;
     const RELEASE: u32 = 2;
     const TRANSFER: u32 = 3;
+    const RENEW: u32 = 4;
+    const MS: u64 = 1_000_000;
 
     #[test]
     fn a_life() {
@@ -526,6 +604,53 @@ mod tests {
     }
 
     #[test]
+    fn a_lease_ends_unless_it_is_renewed() {
+        let mut machine = Machine::new();
+        let with = Circumstances {
+            lease_ms: 5,
+            ..GOOD
+        };
+        machine.command(CLAIM, with, MS);
+        assert_eq!(machine.lease_end(), 6 * MS);
+        assert_eq!(machine.expire(6 * MS - 1), Duty::Nothing);
+        machine.command(RENEW, Circumstances { token: 8, ..with }, 4 * MS);
+        assert_eq!(machine.result(), OwnerResult::NotOwner);
+        machine.command(RENEW, with, 4 * MS);
+        assert_eq!(machine.lease_end(), 9 * MS);
+        machine.command(TRANSFER, with, 8 * MS);
+        assert_eq!(machine.lease_end(), 13 * MS, "the next owner's begins anew");
+        assert_eq!(machine.expire(13 * MS), Duty::Scrub);
+        assert_eq!(machine.loss(), OwnerLoss::LeaseExpired);
+        assert_eq!((machine.owner(), machine.lease_end()), (0, 0));
+        assert_eq!(machine.expire(14 * MS), Duty::Nothing);
+        assert_eq!(machine.incident(Event::Scrubbed, 15 * MS), Duty::Notify);
+        machine.command(CLAIM, GOOD, 16 * MS);
+        assert_eq!(machine.expire(u64::MAX - 1), Duty::Nothing, "without end");
+    }
+
+    #[test]
+    fn every_loss_has_its_reason() {
+        let losses = [
+            (Event::FunctionReset, OwnerLoss::FunctionReset),
+            (Event::HotReset, OwnerLoss::HotReset),
+            (Event::BusMasterOff, OwnerLoss::BusMasterOff),
+            (Event::LeaseExpired, OwnerLoss::LeaseExpired),
+            (Event::PartitionChange, OwnerLoss::PartitionChange),
+            (Event::Disconnect, OwnerLoss::Disconnect),
+        ];
+        assert_eq!(losses.len() + 1, OwnerLoss::ALL.len());
+        for (event, loss) in losses {
+            let mut machine = Machine::new();
+            machine.incident(event, 0);
+            assert_eq!(machine.loss(), OwnerLoss::None, "it had no owner");
+            machine = Machine::new();
+            machine.command(CLAIM, GOOD, 0);
+            machine.incident(event, 0);
+            assert_eq!(machine.loss(), loss);
+        }
+    }
+
+    #[test]
     fn only_the_last_scrub_frees() {
         let mut machine = Machine::new();
         machine.command(CLAIM, GOOD, 0);
@@ -556,6 +681,7 @@ mod tests {
         let mut with = Circumstances {
             token: 0,
             new_token: 0,
+            lease_ms: 0,
             ready: false,
             coherent: false,
         };

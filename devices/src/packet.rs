@@ -6,7 +6,40 @@ use numagpu_spec::sdma::{self, AtomicOp, PollFunction};
 use crate::atomic::Atomic;
 
 /// Most words that [`decode`] looks at; data of a linear write stays in the ring.
-pub const HEADER_WORDS: usize = sdma::ATOMIC_WORDS;
+pub const HEADER_WORDS: usize = sdma::COPY_SUB_WINDOW_WORDS;
+
+/// A surface of elements, and where a box begins in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plane {
+    /// First address of the surface.
+    pub address: u64,
+    /// First column, row and slice of the box.
+    pub origin: [u64; 3],
+    /// Elements from one row to the next.
+    pub pitch: u64,
+    /// Elements from one slice to the next.
+    pub slice_pitch: u64,
+}
+
+/// A box of elements that goes from one surface to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Bytes of an element: 1, 2, 4, 8 or 16.
+    pub element: u64,
+    /// Where it is read.
+    pub source: Plane,
+    /// Where it is written.
+    pub destination: Plane,
+    /// Columns, rows and slices, each at least 1.
+    pub extent: [u64; 3],
+}
+
+impl Window {
+    /// Bytes that are copied.
+    pub fn bytes(&self) -> u64 {
+        self.extent.iter().product::<u64>() * self.element
+    }
+}
 
 /// What a packet asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +55,8 @@ pub enum Operation {
         /// 1 to [`sdma::MAX_COPY`].
         bytes: u64,
     },
+    /// Copy a box of elements, row by row from the first; each row as [`Operation::Copy`] does it.
+    CopyWindow(Window),
     /// Copy the words of the packet from word 4 on to `destination`, a multiple of 4.
     Write {
         /// First address written.
@@ -46,7 +81,10 @@ pub enum Operation {
         value: u32,
     },
     /// Raise the queue's interrupt.
-    Trap,
+    Trap {
+        /// What the driver finds in `QUEUE.TRAP_CONTEXT`.
+        context: u32,
+    },
     /// Wait until the word at `address`, a multiple of 4, compares as asked.
     Poll {
         /// Which word.
@@ -153,6 +191,10 @@ pub fn decode(words: &[u32], available: u64) -> Result<Packet, BadPacket> {
             };
             (operation, 4 * sdma::COPY_LINEAR_WORDS as u64)
         }
+        (sdma::OP_COPY, sdma::SUBOP_COPY_SUB_WINDOW) => {
+            let bytes = 4 * sdma::COPY_SUB_WINDOW_WORDS as u64;
+            (Operation::CopyWindow(window(header, &word)?), bytes)
+        }
         (sdma::OP_WRITE, sdma::SUBOP_WRITE_LINEAR) => {
             let (destination, count) = (wide(1)?, word(3)?);
             if flags | (count & !sdma::WRITE_COUNT_MASK) != 0 {
@@ -176,10 +218,11 @@ pub fn decode(words: &[u32], available: u64) -> Result<Packet, BadPacket> {
             (operation, 4 * sdma::FENCE_WORDS as u64)
         }
         (sdma::OP_TRAP, 0) => {
-            if flags | (word(1)? & !sdma::TRAP_CONTEXT_MASK) != 0 {
+            let context = word(1)?;
+            if flags | (context & !sdma::TRAP_CONTEXT_MASK) != 0 {
                 return Err(FIELD);
             }
-            (Operation::Trap, 4 * sdma::TRAP_WORDS as u64)
+            (Operation::Trap { context }, 4 * sdma::TRAP_WORDS as u64)
         }
         (sdma::OP_CONST_FILL, 0) => {
             let (destination, value, count) = (wide(1)?, word(3)?, word(4)?);
@@ -235,6 +278,45 @@ pub fn decode(words: &[u32], available: u64) -> Result<Packet, BadPacket> {
 }
 
 type Words<'w> = dyn Fn(usize) -> Result<u32, BadPacket> + 'w;
+
+fn window(header: u32, word: &Words<'_>) -> Result<Window, BadPacket> {
+    let pair = |index: usize| -> Result<[u64; 2], BadPacket> {
+        let both = word(index)?;
+        if both & !(sdma::WINDOW_XY_MASK | sdma::WINDOW_XY_MASK << sdma::WINDOW_Y_SHIFT) != 0 {
+            return Err(FIELD);
+        }
+        let (x, y) = (both & sdma::WINDOW_XY_MASK, both >> sdma::WINDOW_Y_SHIFT);
+        Ok([x.into(), y.into()])
+    };
+    let plane = |index: usize| -> Result<Plane, BadPacket> {
+        let address = u64::from(word(index)?) | u64::from(word(index + 1)?) << 32;
+        let ([x, y], depth, slice) = (pair(index + 2)?, word(index + 3)?, word(index + 4)?);
+        let between = (1 << sdma::WINDOW_PITCH_SHIFT) - 1 - sdma::WINDOW_Z_MASK;
+        if depth & between != 0 || slice & !sdma::WINDOW_SLICE_MASK != 0 {
+            return Err(FIELD);
+        }
+        Ok(Plane {
+            address,
+            origin: [x, y, (depth & sdma::WINDOW_Z_MASK).into()],
+            pitch: u64::from(depth >> sdma::WINDOW_PITCH_SHIFT) + 1,
+            slice_pitch: u64::from(slice) + 1,
+        })
+    };
+    let (source, destination) = (plane(1)?, plane(6)?);
+    let ([x, y], z) = (pair(11)?, word(12)?);
+    let size = header >> sdma::WINDOW_ELEMENT_SHIFT;
+    // Bits 28:16 of the header are others' features, and so is swapping in the last word.
+    let reserved = header & 0x1fff_0000 | z & !sdma::WINDOW_Z_MASK;
+    if reserved != 0 || size > sdma::WINDOW_ELEMENT_MAX {
+        return Err(FIELD);
+    }
+    Ok(Window {
+        element: 1 << size,
+        source,
+        destination,
+        extent: [x + 1, y + 1, u64::from(z) + 1],
+    })
+}
 
 fn poll(header: u32, word: &Words<'_>) -> Result<Operation, BadPacket> {
     let address = u64::from(word(1)?) | u64::from(word(2)?) << 32;

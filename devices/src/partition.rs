@@ -4,16 +4,20 @@
 //! token; whoever takes the ownership away changes the token first and then waits until every engine has left.
 //! After that the memory is touched by nobody but the scrubber.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use numagpu_spec::regs::{Coherence, OwnerState, QueueFault};
+use numagpu_spec::regs::{
+    Coherence, HISTORY_EVENT_SHIFT, HISTORY_TO_SHIFT, LEASE_ENDLESS, OwnerLoss, OwnerState,
+    QueueFault,
+};
 
 use crate::bus::{DmaPort, HbmStore};
 use crate::coherence;
 use crate::config::PartitionConfig;
-use crate::ownership::{Circumstances, Duty, Event, Machine, Step};
+use crate::health::Health;
+use crate::ownership::{Circumstances, Duty, ENDLESS, Event, Machine, Step};
 
 /// Pause between two looks at the gate: about the time of one chunk of a copy.
 const GATE_PAUSE: Duration = Duration::from_micros(50);
@@ -26,6 +30,7 @@ pub struct Partition {
     pxm: Option<u32>,
     store: Arc<dyn HbmStore>,
     in_aperture: bool,
+    health: Arc<Health>,
     // Volatile state.
     /// A leaf lock, held for a step of the table only.
     machine: Mutex<Machine>,
@@ -34,9 +39,12 @@ pub struct Partition {
     state: AtomicU32,
     generation: AtomicU32,
     result: AtomicU32,
+    loss: AtomicU32,
+    lease_end: AtomicU64,
     coherence: AtomicU32,
     /// Engines at work inside.
     users: AtomicU32,
+    fail_scrub: AtomicBool,
 }
 
 /// Snapshot of a partition.
@@ -52,6 +60,8 @@ pub struct PartitionStatus {
     pub state: OwnerState,
     /// Claims and frees so far.
     pub generation: u32,
+    /// Why an owner last lost it without asking.
+    pub loss: OwnerLoss,
     /// Whether and how the VMM maps it.
     pub coherence: Coherence,
     /// Last steps of the ownership machine, oldest first.
@@ -71,7 +81,11 @@ impl Drop for Entry<'_> {
 
 impl Partition {
     /// A free partition that no VMM maps yet. The caller has checked the configuration.
-    pub(crate) fn new(config: &PartitionConfig, in_aperture: bool) -> Partition {
+    pub(crate) fn new(
+        config: &PartitionConfig,
+        in_aperture: bool,
+        health: &Arc<Health>,
+    ) -> Partition {
         let coherence = if in_aperture {
             Coherence::Aperture
         } else {
@@ -83,13 +97,17 @@ impl Partition {
             pxm: config.pxm,
             store: Arc::clone(&config.store),
             in_aperture,
+            health: Arc::clone(health),
             machine: Mutex::new(Machine::new()),
             owner: AtomicU64::new(0),
             state: AtomicU32::new(OwnerState::Free.code()),
             generation: AtomicU32::new(0),
             result: AtomicU32::new(0),
+            loss: AtomicU32::new(OwnerLoss::None.code()),
+            lease_end: AtomicU64::new(0),
             coherence: AtomicU32::new(coherence.code()),
             users: AtomicU32::new(0),
+            fail_scrub: AtomicBool::new(false),
         }
     }
 
@@ -118,6 +136,11 @@ impl Partition {
         &self.store
     }
 
+    /// Its GPU's memory errors.
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
     /// `PARTITION.STATE`.
     pub fn state_code(&self) -> u32 {
         self.state.load(Ordering::Acquire)
@@ -131,6 +154,48 @@ impl Partition {
     /// `PARTITION.RESULT`.
     pub fn result_code(&self) -> u32 {
         self.result.load(Ordering::Acquire)
+    }
+
+    /// `PARTITION.LOSS`.
+    pub fn loss_code(&self) -> u32 {
+        self.loss.load(Ordering::Acquire)
+    }
+
+    /// When the owner's lease ends, in nanoseconds of the device's clock; `None` if it does not, or there is no
+    /// owner.
+    pub fn lease_end(&self) -> Option<u64> {
+        let end = self.lease_end.load(Ordering::Acquire);
+        (end != 0 && end != ENDLESS).then_some(end)
+    }
+
+    /// `PARTITION.LEASE_LEFT_MS` at `now_ns`, rounded up: 0 means that it is over.
+    pub fn lease_left_ms(&self, now_ns: u64) -> u32 {
+        match self.lease_end.load(Ordering::Acquire) {
+            0 => 0,
+            ENDLESS => LEASE_ENDLESS,
+            end => {
+                let left = end.saturating_sub(now_ns).div_ceil(1_000_000);
+                u32::try_from(left).unwrap_or(LEASE_ENDLESS - 1)
+            }
+        }
+    }
+
+    /// `PARTITION.HISTORY_COUNT`.
+    pub fn history_count(&self) -> u32 {
+        let count = self.lock().history().len();
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+
+    /// `PARTITION.HISTORY_STEP` and `HISTORY_NS` of the step with this number, 0 for the newest; zeros if there is
+    /// none.
+    pub fn history_step(&self, index: u64) -> (u32, u64) {
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        let machine = self.lock();
+        machine.history().rev().nth(index).map_or((0, 0), |step| {
+            let event = step.event.code() << HISTORY_EVENT_SHIFT;
+            let to = step.to.code() << HISTORY_TO_SHIFT;
+            (step.from.code() | event | to, step.at_ns)
+        })
     }
 
     /// `PARTITION.COHERENCE`.
@@ -166,6 +231,14 @@ impl Partition {
         self.step(|machine| machine.incident(event, now_ns))
     }
 
+    /// Ends a lease that is over at `now_ns`.
+    pub fn expire(&self, now_ns: u64) -> Duty {
+        match self.lease_end() {
+            Some(end) if now_ns >= end => self.step(|machine| machine.expire(now_ns)),
+            _ => Duty::Nothing,
+        }
+    }
+
     /// Checks that `token` owns the partition and that it is attached, and keeps both the scrubber
     /// and the next owner out until the entry is dropped.
     ///
@@ -192,7 +265,17 @@ impl Partition {
         while self.users.load(Ordering::SeqCst) != 0 {
             std::thread::sleep(GATE_PAUSE);
         }
-        self.store.scrub()
+        if self.fail_scrub.swap(false, Ordering::AcqRel) {
+            return Err(std::io::Error::other("as injected"));
+        }
+        self.store.scrub(0, self.size)?;
+        self.health.wrote(self.base, self.size);
+        Ok(())
+    }
+
+    /// The next scrub fails.
+    pub fn fail_next_scrub(&self) {
+        self.fail_scrub.store(true, Ordering::Release);
     }
 
     /// Snapshot.
@@ -204,6 +287,7 @@ impl Partition {
             pxm: self.pxm,
             state: machine.state(),
             generation: machine.generation(),
+            loss: machine.loss(),
             coherence: Coherence::from_code(self.coherence_code()).unwrap_or(Coherence::NotMapped),
             history: machine.history().copied().collect(),
         }
@@ -218,6 +302,8 @@ impl Partition {
             .store(machine.generation(), Ordering::Release);
         self.result
             .store(machine.result().code(), Ordering::Release);
+        self.loss.store(machine.loss().code(), Ordering::Release);
+        self.lease_end.store(machine.lease_end(), Ordering::Release);
         self.state.store(machine.state().code(), Ordering::Release);
         duty
     }

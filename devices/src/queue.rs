@@ -1,14 +1,14 @@
 //! Copy queues: a ring, a doorbell, a worker.
 //!
-//! A queue's worker is a thread that starts when the queue is first enabled and sleeps on a channel until the
+//! A queue's worker is a thread that starts when the queue is first enabled and waits at a channel until the
 //! doorbell rings. Doorbells and register accesses take the queue's short lock `control` at most, which no one
 //! holds while memory moves. Each run of a queue has an epoch; a stop ends the epoch, and what a worker of an
 //! ended epoch still wants to publish is dropped.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Sender, bounded};
 use numagpu_spec::pci;
@@ -17,6 +17,8 @@ use numagpu_spec::regs::{IrqBits, QueueFault, QueueState, RING_MAX, RING_MIN};
 use crate::engine::{Fault, Leave, Reach, Stop};
 use crate::irq::Irq;
 use crate::limit::LogLimit;
+use crate::priority::Priorities;
+use crate::timing::Stamp;
 use crate::worker::work;
 
 /// What the driver wrote into the registers of a queue when it enabled it.
@@ -28,6 +30,8 @@ pub struct Setup {
     pub ring_size: u32,
     /// `RPTR_WRITEBACK`, a multiple of 8; 0 = nowhere.
     pub writeback: u64,
+    /// `PRIORITY`, 0 to 3.
+    pub priority: u32,
     /// What the queue can reach.
     pub reach: Reach,
 }
@@ -51,6 +55,24 @@ pub struct QueueStatus {
     pub fault_address: u64,
     /// Index of the packet since enable.
     pub fault_packet: u64,
+    /// Context of the last trap.
+    pub trap_context: u32,
+    /// Nanoseconds that packets took since enable.
+    pub busy_ns: u64,
+    /// When the last packet that moved data began.
+    pub stamp_start_ns: u64,
+    /// When it ended.
+    pub stamp_end_ns: u64,
+}
+
+/// A packet that is done.
+pub(crate) struct Done {
+    /// Bytes that it took in the ring.
+    pub(crate) ring_bytes: u64,
+    /// Bytes that it moved.
+    pub(crate) moved: u64,
+    /// When it moved them, if it did.
+    pub(crate) stamp: Option<Stamp>,
 }
 
 /// One enabled period of a queue.
@@ -59,6 +81,8 @@ pub(crate) struct Run {
     pub(crate) setup: Setup,
     /// Added to the device's clock, wrapping, it is the queue's local time. Only the worker uses it.
     pub(crate) time_offset: AtomicU64,
+    /// When the last packet ended, as [`crate::timing::QueueTime`] has it. Only the worker uses it.
+    pub(crate) reached_ns: AtomicU64,
 }
 
 impl Run {
@@ -94,11 +118,43 @@ struct Shown {
     fault_code: AtomicU32,
     fault_address: AtomicU64,
     fault_packet: AtomicU64,
+    trap_context: AtomicU32,
+    busy_ns: AtomicU64,
+    stamp_start_ns: AtomicU64,
+    stamp_end_ns: AtomicU64,
+}
+
+impl Shown {
+    /// Clears all but the state. Under `control`.
+    fn clear(&self) {
+        let Shown {
+            state: _,
+            rptr,
+            wptr,
+            packets,
+            bytes,
+            fault_code,
+            fault_address,
+            fault_packet,
+            trap_context,
+            busy_ns,
+            stamp_start_ns,
+            stamp_end_ns,
+        } = self;
+        let counters = [rptr, wptr, packets, bytes, busy_ns];
+        let others = [fault_address, fault_packet, stamp_start_ns, stamp_end_ns];
+        for cell in counters.into_iter().chain(others) {
+            cell.store(0, Ordering::Release);
+        }
+        fault_code.store(0, Ordering::Release);
+        trap_context.store(0, Ordering::Release);
+    }
 }
 
 pub(crate) struct Shared {
     // Runtime glue.
     irq: Arc<Irq>,
+    priorities: Arc<Priorities>,
     // Static configuration.
     index: u32,
     // Volatile state.
@@ -109,6 +165,10 @@ pub(crate) struct Shared {
     /// Ends the work of every worker that began with another value.
     epoch: AtomicU64,
     shown: Shown,
+    /// The engine stands still until a reset of the queue.
+    hung: AtomicBool,
+    /// Doorbells that get lost.
+    lose_doorbells: AtomicU32,
     log: LogLimit,
 }
 
@@ -119,16 +179,18 @@ pub struct Queue {
 }
 
 struct Worker {
-    kick: Sender<()>,
+    /// Kicks carry the time when they were sent.
+    kick: Sender<Instant>,
     thread: JoinHandle<()>,
 }
 
 impl Queue {
-    /// A disabled queue without a worker.
-    pub fn new(index: u32, irq: Arc<Irq>) -> Queue {
+    /// A disabled queue without a worker. `priorities` are those of its GPU.
+    pub fn new(index: u32, irq: Arc<Irq>, priorities: Arc<Priorities>) -> Queue {
         Queue {
             shared: Arc::new(Shared {
                 irq,
+                priorities,
                 index,
                 control: Mutex::new(Control {
                     run: None,
@@ -138,6 +200,8 @@ impl Queue {
                 ended: Condvar::new(),
                 epoch: AtomicU64::new(0),
                 shown: Shown::default(),
+                hung: AtomicBool::new(false),
+                lose_doorbells: AtomicU32::new(0),
                 log: LogLimit::default(),
             }),
             worker: Mutex::new(None),
@@ -157,11 +221,7 @@ impl Queue {
         let Some(setup) = setup() else {
             return false;
         };
-        let shown = &shared.shown;
-        for counter in [&shown.rptr, &shown.wptr, &shown.packets, &shown.bytes] {
-            counter.store(0, Ordering::Release);
-        }
-        shared.clear_fault();
+        shared.shown.clear();
         let (base, size) = (setup.ring_base, setup.ring_size);
         let fits = size.is_power_of_two()
             && (RING_MIN..=RING_MAX).contains(&size)
@@ -172,6 +232,7 @@ impl Queue {
             epoch,
             setup,
             time_offset: AtomicU64::new(0),
+            reached_ns: AtomicU64::new(0),
         }));
         if fits && started {
             shared.show_state(QueueState::Idle);
@@ -204,20 +265,8 @@ impl Queue {
     /// Disables the queue and clears pointers, counters and fault. Waits as [`Queue::disable`].
     pub fn reset(&self) {
         let control = self.shared.halt();
-        let Shown {
-            state: _,
-            rptr,
-            wptr,
-            packets,
-            bytes,
-            fault_code: _,
-            fault_address: _,
-            fault_packet: _,
-        } = &self.shared.shown;
-        for counter in [rptr, wptr, packets, bytes] {
-            counter.store(0, Ordering::Release);
-        }
-        self.shared.clear_fault();
+        self.shared.shown.clear();
+        self.shared.hung.store(false, Ordering::SeqCst);
         self.shared.show_state(QueueState::Disabled);
         drop(control);
     }
@@ -230,6 +279,11 @@ impl Queue {
         let Some(run) = control.run.clone() else {
             return;
         };
+        let lost = &shared.lose_doorbells;
+        let lost = lost.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+        if lost.is_ok() {
+            return;
+        }
         let rptr = shared.shown.rptr.load(Ordering::Acquire);
         let room = u64::from(run.setup.ring_size);
         let ahead = wptr.checked_sub(rptr);
@@ -253,8 +307,18 @@ impl Queue {
         drop(control);
         if let Some(worker) = self.lock_worker().as_ref() {
             // Full means that a kick waits already.
-            let _full = worker.kick.try_send(());
+            let _full = worker.kick.try_send(Instant::now());
         }
+    }
+
+    /// The engine stands still in the middle of its work, without a fault, until a reset of the queue.
+    pub(crate) fn hang(&self) {
+        self.shared.hung.store(true, Ordering::SeqCst);
+    }
+
+    /// The next `count` doorbells get lost.
+    pub(crate) fn lose_doorbells(&self, count: u32) {
+        self.shared.lose_doorbells.store(count, Ordering::SeqCst);
     }
 
     /// Snapshot; the values may come from neighbouring moments.
@@ -270,6 +334,10 @@ impl Queue {
             fault: fault.unwrap_or(QueueFault::None),
             fault_address: shown.fault_address.load(Ordering::Acquire),
             fault_packet: shown.fault_packet.load(Ordering::Acquire),
+            trap_context: shown.trap_context.load(Ordering::Acquire),
+            busy_ns: shown.busy_ns.load(Ordering::Acquire),
+            stamp_start_ns: shown.stamp_start_ns.load(Ordering::Acquire),
+            stamp_end_ns: shown.stamp_end_ns.load(Ordering::Acquire),
         }
     }
 
@@ -279,12 +347,12 @@ impl Queue {
         if worker.is_some() {
             return true;
         }
-        let (kick, kicked) = bounded(1);
+        let (kick, kicks) = bounded(1);
         let shared = Arc::clone(&self.shared);
         let name = format!("gpu-queue-{}", shared.index);
         let thread = std::thread::Builder::new()
             .name(name)
-            .spawn(move || work(&shared, &kicked));
+            .spawn(move || work(&shared, &kicks));
         match thread {
             Ok(thread) => {
                 *worker = Some(Worker { kick, thread });
@@ -325,12 +393,6 @@ impl Shared {
 
     fn show_state(&self, state: QueueState) {
         self.shown.state.store(state.code(), Ordering::Release);
-    }
-
-    fn clear_fault(&self) {
-        self.shown.fault_code.store(0, Ordering::Release);
-        self.shown.fault_address.store(0, Ordering::Release);
-        self.shown.fault_packet.store(0, Ordering::Release);
     }
 
     /// Ends the epoch; gives the next one. The caller holds `control`.
@@ -401,15 +463,27 @@ impl Shared {
         Ok(empty)
     }
 
-    /// A packet of `bytes` in the ring is done and moved `moved` bytes.
-    pub(crate) fn advance(&self, run: &Run, bytes: u64, moved: u64) -> Result<(), Stop> {
+    /// A packet is done.
+    pub(crate) fn advance(&self, run: &Run, done: &Done) -> Result<(), Stop> {
         // Under the lock, so that a stop that has returned is never followed by a new pointer.
         let _control = self.lock();
         run.leave(self).check()?;
-        self.shown.packets.fetch_add(1, Ordering::AcqRel);
-        self.shown.bytes.fetch_add(moved, Ordering::AcqRel);
-        self.shown.rptr.fetch_add(bytes, Ordering::AcqRel);
+        let shown = &self.shown;
+        if let Some(Stamp { start_ns, end_ns }) = done.stamp {
+            let busy = end_ns.saturating_sub(start_ns);
+            shown.busy_ns.fetch_add(busy, Ordering::AcqRel);
+            shown.stamp_start_ns.store(start_ns, Ordering::Release);
+            shown.stamp_end_ns.store(end_ns, Ordering::Release);
+        }
+        shown.packets.fetch_add(1, Ordering::AcqRel);
+        shown.bytes.fetch_add(done.moved, Ordering::AcqRel);
+        shown.rptr.fetch_add(done.ring_bytes, Ordering::AcqRel);
         Ok(())
+    }
+
+    /// Which queues of the GPU have work.
+    pub(crate) fn priorities(&self) -> &Priorities {
+        &self.priorities
     }
 
     /// Lets `time` pass, or less if the run ends: a stop does not wait for it.
@@ -421,12 +495,26 @@ impl Shared {
         run.leave(self).check()
     }
 
-    /// Raises the queue's interrupt.
-    pub(crate) fn trap(&self) {
+    /// Stays here while the engine is hung.
+    pub(crate) fn stand_still(&self, run: &Run) -> Result<(), Stop> {
+        while self.hung.load(Ordering::SeqCst) {
+            self.pause(run, Duration::from_secs(1))?;
+        }
+        Ok(())
+    }
+
+    /// Raises the queue's interrupt for a trap of `run`.
+    pub(crate) fn trap(&self, run: &Run, context: u32) -> Result<(), Stop> {
+        {
+            let _control = self.lock();
+            run.leave(self).check()?;
+            self.shown.trap_context.store(context, Ordering::Release);
+        }
         let vector = u16::try_from(self.index).unwrap_or(0);
         let bit = IrqBits::QUEUE0.bits().wrapping_shl(self.index);
         self.irq
             .raise(bit, pci::VECTOR_QUEUE0.saturating_add(vector));
+        Ok(())
     }
 
     /// A fault that the worker of `run` met; dropped if the run is over.

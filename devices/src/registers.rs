@@ -8,6 +8,7 @@
 //! No access allocates or takes a lock. Two halves of an 8-byte register that are read by two accesses may
 //! come from different moments, as on hardware.
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use numagpu_spec::table::{Block, Reg, Width};
@@ -62,6 +63,13 @@ pub struct RegisterAt {
     pub reg: &'static Reg,
 }
 
+impl RegisterAt {
+    /// Whether it is this register, of any instance of the block.
+    pub const fn is(&self, block: &Block, reg: &Reg) -> bool {
+        self.block == block.base && self.reg.offset == reg.offset
+    }
+}
+
 /// A slot of the map: a register and where it starts.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
@@ -70,7 +78,7 @@ struct Slot {
 }
 
 /// Where the registers of a BAR are.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct RegisterMap {
     /// Slot of each 4-byte word of the BAR.
     words: Box<[u16]>,
@@ -158,13 +166,24 @@ pub trait RegisterDevice {
 /// Values of the registers of one BAR.
 #[derive(Debug)]
 pub struct RegisterFile<'m> {
-    map: &'m RegisterMap,
+    map: Cow<'m, RegisterMap>,
     values: Box<[AtomicU64]>,
+}
+
+impl RegisterFile<'static> {
+    /// A file with a map of its own, every register at its reset value.
+    pub fn owning(map: RegisterMap) -> RegisterFile<'static> {
+        RegisterFile::of(Cow::Owned(map))
+    }
 }
 
 impl<'m> RegisterFile<'m> {
     /// A file with every register at its reset value.
     pub fn new(map: &'m RegisterMap) -> RegisterFile<'m> {
+        RegisterFile::of(Cow::Borrowed(map))
+    }
+
+    fn of(map: Cow<'m, RegisterMap>) -> RegisterFile<'m> {
         let values = map
             .slots
             .iter()

@@ -1,6 +1,6 @@
 //! Reading ahead from a ring, across its wrap.
 
-use crate::engine::Stop;
+use crate::engine::{Engine, Stop};
 use crate::packet::HEADER_WORDS;
 use crate::queue::Run;
 
@@ -33,6 +33,7 @@ impl Ring {
     pub(crate) fn words(
         &mut self,
         run: &Run,
+        engine: &mut Engine<'_>,
         position: u64,
         available: u64,
     ) -> Result<&[u32], Stop> {
@@ -44,7 +45,7 @@ impl Ring {
         let first = match skip {
             Some(skip) if have >= wanted.min(HEADER_WORDS) && have > 0 => skip,
             _ => {
-                self.fetch(run, position, wanted.min(FETCH_WORDS))?;
+                self.fetch(run, engine, position, wanted.min(FETCH_WORDS))?;
                 0
             }
         };
@@ -56,16 +57,21 @@ impl Ring {
         self.len = 0;
     }
 
-    fn fetch(&mut self, run: &Run, position: u64, words: usize) -> Result<(), Stop> {
+    fn fetch(
+        &mut self,
+        run: &Run,
+        engine: &mut Engine<'_>,
+        position: u64,
+        words: usize,
+    ) -> Result<(), Stop> {
         self.len = 0;
         let size = u64::from(run.setup.ring_size).max(1);
         let to_end = usize::try_from(size - position % size).unwrap_or(usize::MAX);
         let bytes = self.bytes.get_mut(..4 * words).unwrap_or_default();
         let first = to_end.min(bytes.len());
         if let Some((head, tail)) = bytes.split_at_mut_checked(first) {
-            let reach = &run.setup.reach;
-            reach.read(run.ring_address(position), head)?;
-            reach.read(run.setup.ring_base, tail)?;
+            engine.read(run.ring_address(position), head)?;
+            engine.read(run.setup.ring_base, tail)?;
         }
         for (word, bytes) in self.words.iter_mut().zip(bytes.chunks_exact(4)) {
             *word = bytes.try_into().map_or(0, u32::from_le_bytes);

@@ -225,6 +225,11 @@ impl RecordingIrq {
         lock(&self.vectors).clone()
     }
 
+    /// How often `vector` was triggered so far.
+    pub fn count(&self, vector: u16) -> usize {
+        lock(&self.vectors).iter().filter(|v| **v == vector).count()
+    }
+
     /// Waits until `vector` was triggered `count` times in all; false after `limit`.
     pub fn wait(&self, vector: u16, count: usize, limit: Duration) -> bool {
         let end = Instant::now() + limit;

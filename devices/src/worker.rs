@@ -3,21 +3,27 @@
 //! Every packet is a [`Permit`] from the moment it is decoded: it is completed or given up, with a fault or
 //! because the queue was stopped.
 
+use std::cell::Cell;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::Receiver;
 use numagpu_spec::regs::QueueFault;
 use numagpu_spec::sdma;
 
 use crate::atomic::{Outcome, holds};
-use crate::engine::{Fault, Stop};
+use crate::engine::{Engine, Fault, Gate, Stop};
 use crate::packet::{Operation, Packet, decode};
-use crate::queue::{Run, Shared};
+use crate::patience::Patience;
+use crate::priority::{Busy, LOOK, SHARE};
+use crate::queue::{Done, Run, Shared};
 use crate::ring::Ring;
+use crate::timing::{QueueTime, Stamp};
 
 /// Packets after which a busy queue writes its read pointer back.
 const WRITEBACK_PACKETS: u64 = 64;
+/// Longest part of a paced packet's time that passes between two looks at the device's clock.
+const PACE_LOOK: Duration = Duration::from_millis(10);
 
 /// The obligation to finish a packet that was taken from the ring. Dropping it otherwise is a bug: debug builds
 /// panic, release builds fault the queue.
@@ -27,6 +33,8 @@ struct Permit<'q> {
     run: &'q Run,
     packet: Packet,
     moved: u64,
+    /// When it moved data, if it did.
+    stamp: Option<Stamp>,
     settled: bool,
 }
 
@@ -37,6 +45,7 @@ impl<'q> Permit<'q> {
             run,
             packet,
             moved: 0,
+            stamp: None,
             settled: false,
         }
     }
@@ -44,7 +53,12 @@ impl<'q> Permit<'q> {
     /// The packet is done: the read pointer passes it.
     fn complete(mut self) -> Result<(), Stop> {
         self.settled = true;
-        self.shared.advance(self.run, self.packet.bytes, self.moved)
+        let done = Done {
+            ring_bytes: self.packet.bytes,
+            moved: self.moved,
+            stamp: self.stamp,
+        };
+        self.shared.advance(self.run, &done)
     }
 
     /// The packet cannot be done: the queue stops, or has been stopped.
@@ -68,39 +82,126 @@ impl Drop for Permit<'_> {
     }
 }
 
+/// What a queue passes between chunks: whether it was stopped, and queues that go first.
+struct Turn<'q> {
+    shared: &'q Shared,
+    run: &'q Run,
+    busy: Busy<'q>,
+    /// When it last went on past a queue of higher priority.
+    last: Cell<Option<Instant>>,
+}
+
+impl Gate for Turn<'_> {
+    fn pass(&self) -> Result<(), Stop> {
+        self.run.leave(self.shared).check()?;
+        if !self.busy.is_outranked() {
+            return Ok(());
+        }
+        let since = self.last.get().unwrap_or_else(Instant::now);
+        while self.busy.is_outranked() && since.elapsed() < SHARE {
+            self.shared.pause(self.run, LOOK)?;
+        }
+        self.last.set(Some(Instant::now()));
+        Ok(())
+    }
+}
+
+/// A worker in a run, from a kick until the ring is empty.
+struct Session<'q> {
+    shared: &'q Shared,
+    run: &'q Run,
+    turn: Turn<'q>,
+    engine: Engine<'q>,
+    time: QueueTime<'q>,
+}
+
+impl<'q> Session<'q> {
+    fn new(shared: &'q Shared, run: &'q Run) -> Session<'q> {
+        let reach = &run.setup.reach;
+        let reached = run.reached_ns.load(Ordering::Relaxed);
+        Session {
+            shared,
+            run,
+            turn: Turn {
+                shared,
+                run,
+                busy: shared.priorities().enter(run.setup.priority),
+                last: Cell::new(None),
+            },
+            engine: Engine::new(reach),
+            time: QueueTime::new(&*reach.clock, reach.timing.mode, reached),
+        }
+    }
+
+    /// Waits between two tries at what others have to change.
+    fn wait(&mut self, interval: u32) -> Result<(), Stop> {
+        let interval = Duration::from_micros(u64::from(interval).max(1));
+        let (shared, run) = (self.shared, self.run);
+        let waited = self.turn.busy.idle(|| shared.pause(run, interval));
+        self.time.catch_up();
+        waited
+    }
+
+    /// Notes when a packet that moved data began and ended, and waits for its end if the queue is paced.
+    fn stamp(&mut self) -> Result<Stamp, Stop> {
+        let stamp = self.time.pass(&self.engine.take_cost());
+        self.run
+            .reached_ns
+            .store(self.time.reached(), Ordering::Relaxed);
+        loop {
+            match self.time.ahead_ns() {
+                0 => return Ok(stamp),
+                ns => {
+                    let part = Duration::from_nanos(ns).min(PACE_LOOK);
+                    self.shared.pause(self.run, part)?;
+                }
+            }
+        }
+    }
+}
+
 /// The worker: waits for kicks until the queue is dropped.
-pub(crate) fn work(shared: &Shared, kicked: &Receiver<()>) {
+pub(crate) fn work(shared: &Shared, kicks: &Receiver<Instant>) {
     let mut ring = Ring::default();
-    for () in kicked {
+    let mut patience = Patience::default();
+    while patience.wait(kicks) {
         // Dropped in reverse order: nothing of the run is held when the worker says that it has left.
         let Some((_active, run)) = shared.enter() else {
             continue;
         };
         ring.clear();
-        let stop = drain(shared, &run, &mut ring);
+        let mut session = Session::new(shared, &run);
+        let stop = drain(&mut session, &mut ring);
         if let Err(Stop::Fault(fault)) = stop {
             // Where even this fails, the fault that is reported says more.
-            let _second = write_back(shared, &run);
+            let _second = write_back(&mut session);
             shared.fail(&run, fault);
         }
     }
 }
 
 /// Works off the ring until it is empty.
-fn drain(shared: &Shared, run: &Run, ring: &mut Ring) -> Result<(), Stop> {
+fn drain(session: &mut Session<'_>, ring: &mut Ring) -> Result<(), Stop> {
+    let (shared, run) = (session.shared, session.run);
     let mut unwritten = 0;
+    let mut produced = None;
     loop {
         run.leave(shared).check()?;
+        shared.stand_still(run)?;
         let (rptr, wptr) = shared.pointers();
         let available = wptr.saturating_sub(rptr);
         if available == 0 {
-            write_back(shared, run)?;
+            write_back(session)?;
             if shared.rest(run, rptr)? {
                 return Ok(());
             }
             continue;
         }
-        let words = ring.words(run, rptr, available)?;
+        if produced != Some(wptr) {
+            session.time.catch_up();
+            produced = Some(wptr);
+        }
+        let words = ring.words(run, &mut session.engine, rptr, available)?;
         let packet = decode(words, available).map_err(|bad| {
             let address = bad.address.unwrap_or_else(|| run.ring_address(rptr));
             Fault {
@@ -109,89 +210,121 @@ fn drain(shared: &Shared, run: &Run, ring: &mut Ring) -> Result<(), Stop> {
             }
         })?;
         let permit = Permit::new(shared, run, packet);
-        let permit = execute(permit, rptr)?;
+        let permit = execute(permit, session, rptr)?;
         permit.complete()?;
         unwritten += 1;
-        if packet.operation == Operation::Trap {
+        if let Operation::Trap { context } = packet.operation {
             // The handler finds the read pointer behind the trap.
-            write_back(shared, run)?;
+            write_back(session)?;
             unwritten = 0;
-            run.leave(shared).check()?;
-            shared.trap();
+            shared.trap(run, context)?;
         } else if unwritten >= WRITEBACK_PACKETS {
-            write_back(shared, run)?;
+            write_back(session)?;
             unwritten = 0;
         }
     }
 }
 
 /// Does what a packet asks for, except for raising a trap's interrupt.
-fn execute<'q>(mut permit: Permit<'q>, rptr: u64) -> Result<Permit<'q>, Stop> {
-    let run = permit.run;
-    let reach = &run.setup.reach;
-    let leave = run.leave(permit.shared);
-    let (done, moved) = match permit.packet.operation {
-        Operation::Nop | Operation::Trap => (Ok(()), 0),
-        Operation::Copy {
-            source,
-            destination,
-            bytes,
-        } => (reach.copy(leave, source, destination, bytes), bytes),
-        Operation::Write { destination, bytes } => {
-            let start = rptr.saturating_add(4 * sdma::WRITE_LINEAR_HEADER_WORDS as u64);
-            let mut done = 0;
-            let mut result = Ok(());
-            // At most two pieces: the ring wraps once.
-            while done < bytes && result.is_ok() {
-                let position = start.saturating_add(done);
-                let size = u64::from(run.setup.ring_size).max(1);
-                let piece = (size - position % size).min(bytes - done);
-                result = match destination.checked_add(done) {
-                    Some(to) => reach.copy(leave, run.ring_address(position), to, piece),
-                    None => Err(Stop::Fault(Fault {
-                        code: QueueFault::BadField,
-                        address: destination,
-                    })),
-                };
-                done += piece;
-            }
-            (result, bytes)
-        }
-        Operation::Fill {
-            destination,
-            pattern,
-            bytes,
-        } => (reach.fill(leave, destination, pattern, bytes), bytes),
-        Operation::Fence { address, value } => {
-            (reach.store32(address, value).map_err(Stop::from), 4)
-        }
-        Operation::Poll { .. } => (poll(&permit), 0),
-        Operation::Atomic { atomic, .. } => (change(&permit), atomic.bytes()),
-        Operation::SetTime { ns } => {
-            let offset = ns.wrapping_sub(reach.clock.now_ns());
-            run.time_offset.store(offset, Ordering::Relaxed);
-            (Ok(()), 0)
-        }
-        Operation::GetTime { address, global } => {
-            let offset = match global {
-                true => 0,
-                false => run.time_offset.load(Ordering::Relaxed),
-            };
-            let now = reach.clock.now_ns().wrapping_add(offset);
-            (reach.store64(address, now).map_err(Stop::from), 8)
-        }
-    };
-    match done {
-        Ok(()) => {
+fn execute<'q>(
+    mut permit: Permit<'q>,
+    session: &mut Session<'_>,
+    rptr: u64,
+) -> Result<Permit<'q>, Stop> {
+    match perform(&permit.packet.operation, session, rptr) {
+        Ok((moved, stamp)) => {
             permit.moved = moved;
+            permit.stamp = stamp;
             Ok(permit)
         }
         Err(stop) => Err(permit.give_up(stop)),
     }
 }
 
+/// Bytes that an operation moved, and when it did, if it is one that takes time.
+fn perform(
+    operation: &Operation,
+    session: &mut Session<'_>,
+    rptr: u64,
+) -> Result<(u64, Option<Stamp>), Stop> {
+    let run = session.run;
+    let (engine, turn) = (&mut session.engine, &session.turn);
+    let moved = match *operation {
+        Operation::Copy {
+            source,
+            destination,
+            bytes,
+        } => {
+            engine.copy(turn, source, destination, bytes)?;
+            bytes
+        }
+        Operation::CopyWindow(ref window) => {
+            engine.copy_window(turn, window)?;
+            window.bytes()
+        }
+        Operation::Write { destination, bytes } => {
+            let start = rptr.saturating_add(4 * sdma::WRITE_LINEAR_HEADER_WORDS as u64);
+            let mut done = 0;
+            // At most two pieces: the ring wraps once.
+            while done < bytes {
+                let position = start.saturating_add(done);
+                let size = u64::from(run.setup.ring_size).max(1);
+                let piece = (size - position % size).min(bytes - done);
+                let to = destination.checked_add(done).ok_or(Fault {
+                    code: QueueFault::BadField,
+                    address: destination,
+                })?;
+                engine.copy(turn, run.ring_address(position), to, piece)?;
+                done += piece;
+            }
+            bytes
+        }
+        Operation::Fill {
+            destination,
+            pattern,
+            bytes,
+        } => {
+            engine.fill(turn, destination, pattern, bytes)?;
+            bytes
+        }
+        ref other => {
+            turn.pass()?;
+            return Ok((at_once(other, session)?, None));
+        }
+    };
+    Ok((moved, Some(session.stamp()?)))
+}
+
+/// Does an operation whose own time does not count; bytes that it stored.
+fn at_once(operation: &Operation, session: &mut Session<'_>) -> Result<u64, Stop> {
+    let run = session.run;
+    match *operation {
+        Operation::Fence { address, value } => {
+            session.engine.store32(address, value)?;
+            Ok(4)
+        }
+        Operation::Poll { .. } => poll(operation, session).map(|()| 0),
+        Operation::Atomic { atomic, .. } => change(operation, session).map(|()| atomic.bytes()),
+        Operation::SetTime { ns } => {
+            let offset = ns.wrapping_sub(session.time.shown());
+            run.time_offset.store(offset, Ordering::Relaxed);
+            Ok(0)
+        }
+        Operation::GetTime { address, global } => {
+            let offset = match global {
+                true => 0,
+                false => run.time_offset.load(Ordering::Relaxed),
+            };
+            let shown = session.time.shown().wrapping_add(offset);
+            session.engine.store64(address, shown)?;
+            Ok(8)
+        }
+        _ => Ok(0),
+    }
+}
+
 /// Tries until a poll's comparison holds; gives the core up between tries.
-fn poll(permit: &Permit<'_>) -> Result<(), Stop> {
+fn poll(operation: &Operation, session: &mut Session<'_>) -> Result<(), Stop> {
     let Operation::Poll {
         address,
         function,
@@ -199,54 +332,48 @@ fn poll(permit: &Permit<'_>) -> Result<(), Stop> {
         mask,
         retries,
         interval,
-    } = permit.packet.operation
+    } = *operation
     else {
         return Ok(());
     };
     let mut tries = 0;
-    while !holds(
-        function,
-        permit.run.setup.reach.load32(address)? & mask,
-        reference,
-    ) {
+    while !holds(function, session.engine.load32(address)? & mask, reference) {
         if retries.is_some_and(|retries| tries >= retries) {
             let code = QueueFault::PollTimeout;
             return Err(Stop::Fault(Fault { code, address }));
         }
         if tries == 0 {
             // Who is to change the word may wait for what came before.
-            write_back(permit.shared, permit.run)?;
+            write_back(session)?;
         }
         tries = tries.saturating_add(1);
-        let interval = Duration::from_micros(u64::from(interval).max(1));
-        permit.shared.pause(permit.run, interval)?;
+        session.wait(interval)?;
     }
     Ok(())
 }
 
 /// Does an atomic operation, again until its comparison holds if it is so asked.
-fn change(permit: &Permit<'_>) -> Result<(), Stop> {
+fn change(operation: &Operation, session: &mut Session<'_>) -> Result<(), Stop> {
     let Operation::Atomic {
         address,
         atomic,
         until,
-    } = permit.packet.operation
+    } = *operation
     else {
         return Ok(());
     };
     let mut waited = false;
     loop {
-        permit.run.leave(permit.shared).check()?;
-        let outcome = permit.run.setup.reach.atomic(address, &atomic)?;
+        session.run.leave(session.shared).check()?;
+        let outcome = session.engine.atomic(address, &atomic)?;
         match (outcome, until) {
             (Outcome::Lost, _) => std::thread::yield_now(),
             (Outcome::Differs, Some(interval)) => {
                 if !waited {
-                    write_back(permit.shared, permit.run)?;
+                    write_back(session)?;
                     waited = true;
                 }
-                let interval = Duration::from_micros(u64::from(interval).max(1));
-                permit.shared.pause(permit.run, interval)?;
+                session.wait(interval)?;
             }
             (Outcome::Done, _) | (Outcome::Differs, None) => return Ok(()),
         }
@@ -254,12 +381,13 @@ fn change(permit: &Permit<'_>) -> Result<(), Stop> {
 }
 
 /// Writes the read pointer where the driver asked for it.
-fn write_back(shared: &Shared, run: &Run) -> Result<(), Stop> {
+fn write_back(session: &mut Session<'_>) -> Result<(), Stop> {
+    let (shared, run) = (session.shared, session.run);
     if run.setup.writeback == 0 {
         return Ok(());
     }
     run.leave(shared).check()?;
     let (rptr, _) = shared.pointers();
-    run.setup.reach.store64(run.setup.writeback, rptr)?;
+    session.engine.store64(run.setup.writeback, rptr)?;
     Ok(())
 }

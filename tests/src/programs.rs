@@ -25,6 +25,20 @@ pub fn numagpu() -> PathBuf {
     path
 }
 
+/// An example of `numagpu-vmm-glue`, of the same cargo profile as the running test.
+///
+/// # Panics
+/// If it is not built.
+pub fn example(name: &str) -> PathBuf {
+    let path = numagpu().with_file_name("examples").join(name);
+    assert!(
+        path.is_file(),
+        "{} is not built; run `cargo build -p numagpu-vmm-glue --examples` with the same profile",
+        path.display()
+    );
+    path
+}
+
 /// The directory of the guest assets.
 ///
 /// # Panics

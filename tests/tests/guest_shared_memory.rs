@@ -143,6 +143,7 @@ fn look(corner: &Corner, lies: bool) -> Report {
         append: "numagpu.hold".to_owned(),
         accel: None,
         hbm_dir: Some(corner.hbm()),
+        scenario: None,
         qemu_arguments: Vec::new(),
         agent: true,
         console: None,

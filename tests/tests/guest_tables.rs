@@ -122,6 +122,7 @@ fn boot(theirs: &Plan, ours: &Plan, kernel: &str) -> (Report, String) {
         append: String::new(),
         accel: None,
         hbm_dir: None,
+        scenario: None,
         qemu_arguments: Vec::new(),
         agent: true,
         console: Some(console.clone()),

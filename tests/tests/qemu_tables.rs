@@ -30,7 +30,7 @@ struct Handed {
 
 fn handed(plan: &Plan) -> Handed {
     let corner = Corner::new();
-    let instance = Instance::start(plan, &corner.file(""), None).unwrap();
+    let instance = Instance::start(plan, &corner.file(""), None, None).unwrap();
     let mut qemu = Qtest::start(&assets().qemu.path, plan, &instance, &corner.file(""));
     let handed = Handed {
         e820: qemu.file("etc/e820"),

@@ -39,6 +39,7 @@
 
 pub mod acpi;
 pub mod cloud_hypervisor;
+pub mod device;
 mod error;
 pub mod linux;
 pub mod machine;
@@ -61,7 +62,7 @@ pub mod verify;
 
 pub use error::MachineError;
 pub use machine::Machine;
-pub use parse::parse;
+pub use parse::{offset_of, parse, read};
 pub use plan::{Plan, plan};
 pub use predict::{Prediction, predict};
 

@@ -8,6 +8,7 @@ use serde::de::{self, Deserialize, Deserializer, Visitor};
 use serde::{Deserialize as DeriveDeserialize, Serialize};
 use toml::Spanned;
 
+use crate::device::Device;
 use crate::error::MachineError;
 use crate::size::{GIB, Size};
 
@@ -54,6 +55,9 @@ pub struct Machine {
     /// What the HBM is made of on the host.
     #[serde(default)]
     pub backing: Backing,
+    /// The GPUs' PCI functions.
+    #[serde(default)]
+    pub device: Device,
     /// What will run in the guest.
     #[serde(default)]
     pub guest: Guest,

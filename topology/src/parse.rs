@@ -3,6 +3,7 @@
 //! `serde` and `toml` speak of Rust's types and of bytes. Here their messages are put in terms of tables and keys:
 //! which table it is (`gpu[1]`, counted from 0), which keys it takes, what a value has to be.
 
+use serde::de::DeserializeOwned;
 use toml::de::{DeTable, DeValue};
 
 use crate::error::MachineError;
@@ -18,30 +19,62 @@ pub fn parse(file: &str, text: &str) -> Result<Machine, MachineError> {
         file: file.to_owned(),
         text: text.to_owned(),
     };
-    match toml::from_str::<Machine>(text) {
-        Ok(machine) => Ok(Machine {
-            text: source,
-            ..machine
-        }),
-        Err(error) => {
-            let span = error.span().unwrap_or(0..0);
-            let path = path_at(text, span.start);
-            let at = text.get(span.clone()).unwrap_or_default();
-            let message = error.message().trim_end().replace('\n', "; ");
-            if DeTable::parse(text).is_ok() {
-                let (message, help) = value_wording(message, at, &path);
-                return Err(source.error(span.start, path.to_string(), message, help));
-            }
-            let (message, help) = toml_wording(&message, at);
-            let line = text.lines().nth(source.line(span.start) - 1);
-            // A table's head that is not TOML is no table to name.
-            let key = line
-                .map(str::trim)
-                .filter(|line| line.starts_with('[') && message.contains("table"))
-                .map_or_else(|| path.to_string(), str::to_owned);
-            Err(source.error(span.start, key, message, help))
+    let machine: Machine = read(&source, required)?;
+    Ok(Machine {
+        text: source,
+        ..machine
+    })
+}
+
+/// Reads any description that is a TOML file. `required` says what a table with this name, without its brackets, cannot
+/// do without; the top level's name is empty.
+///
+/// # Errors
+/// [`MachineError`] as [`parse`] gives it.
+pub fn read<T: DeserializeOwned>(
+    source: &SourceText,
+    required: fn(&str) -> &'static str,
+) -> Result<T, MachineError> {
+    let text = source.text.as_str();
+    toml::from_str::<T>(text).map_err(|error| {
+        let span = error.span().unwrap_or(0..0);
+        let path = path_at(text, span.start);
+        let at = text.get(span.clone()).unwrap_or_default();
+        let message = error.message().trim_end().replace('\n', "; ");
+        if DeTable::parse(text).is_ok() {
+            let (message, help) = value_wording(message, at, &path, required);
+            return source.error(span.start, path.to_string(), message, help);
         }
-    }
+        let (message, help) = toml_wording(&message, at);
+        let line = text.lines().nth(source.line(span.start) - 1);
+        // A table's head that is not TOML is no table to name.
+        let key = line
+            .map(str::trim)
+            .filter(|line| line.starts_with('[') && message.contains("table"))
+            .map_or_else(|| path.to_string(), str::to_owned);
+        source.error(span.start, key, message, help)
+    })
+}
+
+/// Byte at which the key or table that is called so, such as `gpu[1].hbm`, starts in a text that is TOML; that of the
+/// table around it if there is no such key.
+pub fn offset_of(text: &str, path: &str) -> usize {
+    let Ok(table) = DeTable::parse(text) else {
+        return 0;
+    };
+    let mut all = Vec::new();
+    entries(table.get_ref(), &Path::default(), &mut all);
+    let around = |name: &str| {
+        path.strip_prefix(name)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    };
+    let named = all
+        .iter()
+        .map(|entry| (entry.path.to_string(), entry.start));
+    let found = named.filter(|(name, _)| around(name));
+    found
+        .max_by_key(|(name, _)| name.len())
+        .map_or(0, |(_, start)| start)
 }
 
 /// Where in a description a byte is: tables and, last, a key; `gpu[1]`, `hbm`.
@@ -68,6 +101,12 @@ impl Path {
         let mut parts = self.0.clone();
         parts.pop();
         Path(parts)
+    }
+
+    /// Name of the table, without a number; empty at the top level.
+    fn table(&self) -> &str {
+        let name = self.0.first().map_or("", String::as_str);
+        name.split('[').next().unwrap_or_default()
     }
 
     /// The table as one writes it: `[[gpu]]` for `gpu[1]`, `[limits]` for `limits`.
@@ -145,10 +184,9 @@ fn path_at(text: &str, offset: usize) -> Path {
     }
 }
 
-/// Keys that a table cannot do without.
-fn required(table: &Path) -> &'static str {
-    let name = table.0.first().map_or("", String::as_str);
-    match name.split('[').next().unwrap_or_default() {
+/// Keys that a machine's table cannot do without.
+fn required(table: &str) -> &'static str {
+    match table {
         "" => "a machine needs a name, such as name = \"two-gpu\"",
         "cpu" => "a [[cpu]] table needs cpus",
         "memory" => "a [[memory]] table needs memory and cpu",
@@ -161,7 +199,7 @@ fn required(table: &Path) -> &'static str {
 /// What `serde` calls the type, in words.
 fn type_words(expected: &str) -> String {
     match expected {
-        "u32" | "usize" | "u64" => "a whole number from 0 up".to_owned(),
+        "u16" | "u32" | "usize" | "u64" => "a whole number from 0 up".to_owned(),
         "a sequence" => "a list".to_owned(),
         "a boolean" => "true or false".to_owned(),
         "a string" => "text in quotation marks".to_owned(),
@@ -211,7 +249,12 @@ fn toml_wording(message: &str, at: &str) -> (String, Option<String>) {
 }
 
 /// The message and the help for a value `at` that a description cannot have there.
-fn value_wording(message: String, at: &str, path: &Path) -> (String, Option<String>) {
+fn value_wording(
+    message: String,
+    at: &str,
+    path: &Path,
+    required: fn(&str) -> &'static str,
+) -> (String, Option<String>) {
     if let Some(rest) = message.strip_prefix("unknown field ") {
         let allowed = rest.split_once("expected ").map_or("", |(_, list)| list);
         let table = path.parent().written();
@@ -225,7 +268,7 @@ fn value_wording(message: String, at: &str, path: &Path) -> (String, Option<Stri
     }
     if let Some(field) = message.strip_prefix("missing field ") {
         let message = format!("{field} is missing");
-        return (message, Some(required(path).to_owned()));
+        return (message, Some(required(path.table()).to_owned()));
     }
     if let Some(rest) = message.strip_prefix("unknown variant ") {
         let (name, allowed) = rest.split_once(", expected ").unwrap_or((rest, ""));
@@ -239,11 +282,17 @@ fn value_wording(message: String, at: &str, path: &Path) -> (String, Option<Stri
         let (value, expected) = rest.split_once(", expected ").unwrap_or((rest, ""));
         let help = match (value, expected) {
             ("map", "a sequence") => Some(format!("write [[{path}]] with two brackets")),
-            (_, "a sequence") if ["cpu", "gpu", "link", "source"].contains(&&*path.to_string()) => {
+            (_, "a sequence")
+                if ["cpu", "gpu", "link", "source", "fault"].contains(&&*path.to_string()) =>
+            {
                 Some(format!("write one [[{path}]] table for each"))
             }
-            (_, "u32") if value.starts_with("integer") => {
-                Some(format!("the largest is {}", u32::MAX)).filter(|_| !value.contains("`-"))
+            (_, "u32" | "u16") if value.starts_with("integer") && !value.contains("`-") => {
+                let largest = match expected {
+                    "u16" => u16::MAX.into(),
+                    _ => u32::MAX,
+                };
+                Some(format!("the largest is {largest}"))
             }
             _ => None,
         };
@@ -293,6 +342,18 @@ source = [{ value = "a" }, { value = "b" }]
         assert_eq!(path_of("\"4GiB\"", 1), "gpu[1].hbm");
         assert_eq!(path_of("20, 10", 0), "distances.matrix");
         assert_eq!(path_of("\"b\"", 0), "distances.source[1].value");
+    }
+
+    #[test]
+    fn a_key_or_the_table_around_it_is_found_by_its_path() {
+        let line = |path| 1 + TEXT[..offset_of(TEXT, path)].matches('\n').count();
+        assert_eq!(line("name"), 1);
+        assert_eq!(line("gpu[0]"), 3);
+        assert_eq!(line("gpu[1].hbm"), 7);
+        assert_eq!(line("gpu[1].cpu"), 5, "there is no such key");
+        assert_eq!(line("distances.source[1].value"), 13);
+        assert_eq!(line("memory"), 1);
+        assert_eq!(offset_of("a = ", "a"), 0);
     }
 
     #[test]

@@ -14,7 +14,12 @@ use crate::size::Size;
 
 /// The schema, in JSON Schema 2020-12.
 pub fn schema() -> Value {
-    let mut schema = schemars::schema_for!(Machine).to_value();
+    of::<Machine>()
+}
+
+/// The schema of any description, in JSON Schema 2020-12.
+pub fn of<T: JsonSchema>() -> Value {
+    let mut schema = schemars::schema_for!(T).to_value();
     tidy(&mut schema);
     schema
 }

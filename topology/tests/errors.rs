@@ -210,13 +210,13 @@ fn rows() -> Vec<(&'static str, Spoil, &'static str, &'static str)> {
             "unknown key at the top",
             Replace("name = \"m\"", "name = \"m\"\nhosts = 1"),
             "machine.toml:2: hosts: there is no such key",
-            "the top level takes name, description, matches, cpu, memory, gpu, link, distances, limits, placement, backing, guest, source",
+            "the top level takes name, description, matches, cpu, memory, gpu, link, distances, limits, placement, backing, device, guest, source",
         ),
         (
             "unknown table",
             Add("[timing]\nmode = \"off\"\n"),
             "machine.toml:35: timing: there is no such key",
-            "the top level takes name, description, matches, cpu, memory, gpu, link, distances, limits, placement, backing, guest, source",
+            "the top level takes name, description, matches, cpu, memory, gpu, link, distances, limits, placement, backing, device, guest, source",
         ),
         (
             "unknown key in the second gpu",
@@ -933,6 +933,30 @@ fn exposure_rows() -> Vec<(&'static str, Spoil, &'static str, &'static str)> {
             ]),
             "machine.toml:31: limits.phys_bits: RAM, 4 GiB of HBM in 1 range(s) and the PCI window of 2080 GiB behind them end at 0x30900000000, but 40 address bits end at 0x10000000000",
             "limits.phys_bits = 42 would fit",
+        ),
+        (
+            "vendor id of an empty slot",
+            Add("[device]\nvendor = 0xffff\n"),
+            "machine.toml:36: device.vendor: 0xffff is what a slot without a device answers",
+            "",
+        ),
+        (
+            "class code of four bytes",
+            Add("[device]\nclass = 0x1200_0000\n"),
+            "machine.toml:36: device.class: 0x12000000 has more than three bytes",
+            "0x120000 is a processing accelerator",
+        ),
+        (
+            "more queues than registers",
+            Add("[device]\nqueues = 9\n"),
+            "machine.toml:36: device.queues: 9 copy queues; a GPU has 1 to 8",
+            "",
+        ),
+        (
+            "mode of timing",
+            Add("[device]\ntiming = \"slow\"\n"),
+            "machine.toml:36: device.timing: `slow` is not known",
+            "it is one of off, modelled, paced",
         ),
         (
             "kind of backing",

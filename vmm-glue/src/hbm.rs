@@ -425,9 +425,17 @@ impl HbmStore for HbmBacking {
         (self.id, 0)
     }
 
-    fn scrub(&self) -> io::Result<()> {
-        self.scrub_range(0, self.size)
+    fn scrub(&self, offset: u64, len: u64) -> io::Result<()> {
+        if inside(offset, len, self.size) {
+            return self.scrub_range(offset, len);
+        }
+        Err(io::ErrorKind::InvalidInput.into())
     }
+}
+
+/// Whether `len` bytes from `offset` lie in memory of `size` bytes.
+fn inside(offset: u64, len: u64, size: u64) -> bool {
+    offset.checked_add(len).is_some_and(|end| end <= size)
 }
 
 /// A part of a memory, as one partition that a client maps together with others. Made by [`HbmBacking::split`].
@@ -445,8 +453,7 @@ impl HbmStore for HbmPart {
     }
 
     fn slice(&self, offset: u64, len: u64) -> Result<VolatileSlice<'_>, VolatileMemoryError> {
-        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size);
-        let at = if inside {
+        let at = if inside(offset, len, self.size) {
             self.offset + offset
         } else {
             // Outside the whole memory too: it refuses.
@@ -463,8 +470,11 @@ impl HbmStore for HbmPart {
         Some(self.lent.as_fd())
     }
 
-    fn scrub(&self) -> io::Result<()> {
-        self.whole.scrub_range(self.offset, self.size)
+    fn scrub(&self, offset: u64, len: u64) -> io::Result<()> {
+        if inside(offset, len, self.size) {
+            return self.whole.scrub_range(self.offset + offset, len);
+        }
+        Err(io::ErrorKind::InvalidInput.into())
     }
 }
 
@@ -512,7 +522,7 @@ mod tests {
         last.write_obj(7_u64, 0).unwrap();
         let seen: u64 = last.read_obj(0).unwrap();
         assert_eq!(seen, 7);
-        hbm.scrub().unwrap();
+        hbm.scrub(0, hbm.size()).unwrap();
         // The pages are this file's still, or this read would kill the test.
         let seen: u64 = last.read_obj(0).unwrap();
         assert_eq!(seen, 0);
@@ -539,7 +549,7 @@ mod tests {
         assert!(hbm.slice(GIB - 8, 9).is_err());
         assert!(hbm.slice(u64::MAX, 1).is_err());
 
-        hbm.scrub().unwrap();
+        hbm.scrub(0, hbm.size()).unwrap();
         // Before the reads below, which give shared memory its pages again.
         assert_eq!(hbm.file.metadata().unwrap().blocks(), 0);
         last.read_slice(&mut seen, 0).unwrap();
@@ -616,7 +626,7 @@ mod tests {
             assert!(part.slice(0, 0x3001).is_err());
             assert!(part.slice(u64::MAX, 1).is_err());
             assert!(part.slice(1, u64::MAX).is_err());
-            part.scrub().unwrap();
+            part.scrub(0, part.size()).unwrap();
             let seen = |at| all.read_obj::<u8>(at).unwrap();
             assert_eq!([0, 0xfff, 0x1000, 0x3fff].map(seen), [7, 7, 0, 0]);
             assert_eq!([0x4000, 0x5fff].map(seen), [7, 7]);

@@ -3,17 +3,24 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use numagpu_devices::bus::HbmStore;
+use numagpu_devices::spec::regs::TimingMode;
 use numagpu_devices::{
     ApertureConfig, Fabric, Gpu, GpuConfig, GpuError, GpuStatus, LinkConfig, PartitionConfig,
+    PciIds,
 };
-use numagpu_topology::Plan;
+use numagpu_topology::device::{Device, Timing};
 use numagpu_topology::machine::{BackingKind, Exposure};
 use numagpu_topology::plan::Gpu as PlannedGpu;
+use numagpu_topology::{MachineError, Plan};
 use thiserror::Error;
 
+use crate::control::server::Bounds;
+use crate::control::{self, Control, Desk};
 use crate::hbm::{HbmBacking, HbmError};
+use crate::scenario::{Runner, Scenario};
 use crate::vfio_user::{Server, ServerError};
 
 /// Why a machine's GPUs cannot be served.
@@ -36,11 +43,52 @@ pub enum InstanceError {
     /// No socket.
     #[error(transparent)]
     Server(#[from] ServerError),
+    /// The scenario does not fit the machine.
+    #[error(transparent)]
+    Scenario(#[from] MachineError),
+    /// The scenario cannot be played.
+    #[error("cannot play the scenario: {0}")]
+    Player(std::io::Error),
+}
+
+/// `config` with what the description says of the PCI functions.
+fn device(described: &Device, config: GpuConfig) -> GpuConfig {
+    let usual = config.ids;
+    let vendor = described.vendor.as_ref();
+    let vendor = vendor.map_or(usual.vendor, |it| *it.get_ref());
+    let device = described.device.unwrap_or(usual.device);
+    let class = described.class.as_ref();
+    let queues = described.queues.as_ref();
+    let boot = described.boot_us.map(u64::from);
+    GpuConfig {
+        ids: PciIds {
+            vendor,
+            device,
+            subsystem_vendor: described.subsystem_vendor.unwrap_or(vendor),
+            subsystem: described.subsystem.unwrap_or(device),
+            class: class.map_or(usual.class, |it| *it.get_ref()),
+            revision: described.revision.unwrap_or(usual.revision),
+        },
+        queues: queues.map_or(config.queues, |it| *it.get_ref()),
+        boot_delay: boot.map_or(config.boot_delay, Duration::from_micros),
+        ..config
+    }
+}
+
+fn timing(described: Timing) -> TimingMode {
+    match described {
+        Timing::Off => TimingMode::Off,
+        Timing::Modelled => TimingMode::Modelled,
+        Timing::Paced => TimingMode::Paced,
+    }
 }
 
 /// GPUs that wait for a VMM, one socket each.
 pub struct Instance {
-    // Dropped first: a server uses its GPU, and a GPU its HBM.
+    // In the order in which they are dropped: whoever injects goes before the GPUs; a server uses its GPU, and a GPU
+    // its HBM.
+    control: Option<Control>,
+    runner: Option<Runner>,
     servers: Vec<Server>,
     gpus: Vec<Arc<Gpu>>,
     hbm: Vec<HbmFile>,
@@ -134,7 +182,8 @@ impl Exposed {
 
 impl Instance {
     /// Makes the HBM of all GPUs as the plan's backing says, or in `hbm_dir` if that is given, and serves each GPU on a socket of its own in
-    /// `socket_dir`. Clients can connect when this returns.
+    /// `socket_dir`, and [`control::SOCKET`] beside them. Clients can connect when this returns. `scenario` is played from
+    /// then on.
     ///
     /// # Errors
     /// [`InstanceError`]; nothing is left behind then.
@@ -142,9 +191,13 @@ impl Instance {
         plan: &Plan,
         socket_dir: &Path,
         hbm_dir: Option<&Path>,
+        scenario: Option<&Scenario>,
     ) -> Result<Instance, InstanceError> {
+        scenario.map_or(Ok(()), |scenario| scenario.check(plan))?;
         let fabric = Fabric::new();
         let mut instance = Instance {
+            control: None,
+            runner: None,
             servers: Vec::new(),
             gpus: Vec::new(),
             hbm: Vec::new(),
@@ -183,7 +236,10 @@ impl Instance {
                 cpu_pxm: gpu.cpu_pxm,
                 links: links.collect(),
                 aperture: memory.aperture,
-                ..GpuConfig::new(gpu.index, memory.partitions)
+                timing: timing(plan.device.timing),
+                hbm_bandwidth_mbs: gpu.hbm_bandwidth_mbs,
+                hbm_latency_ns: gpu.hbm_latency_ns,
+                ..device(&plan.device, GpuConfig::new(gpu.index, memory.partitions))
             };
             let model =
                 Gpu::new(config, Arc::clone(&fabric)).map_err(|source| InstanceError::Gpu {
@@ -197,7 +253,28 @@ impl Instance {
             let function: Arc<dyn numagpu_devices::bus::PciFunction> = Arc::<Gpu>::clone(model);
             instance.servers.push(Server::bind(socket, function)?);
         }
+        instance.take_orders(plan, socket_dir, scenario)?;
         Ok(instance)
+    }
+
+    /// Opens the control socket and begins to play the scenario.
+    fn take_orders(
+        &mut self,
+        plan: &Plan,
+        socket_dir: &Path,
+        scenario: Option<&Scenario>,
+    ) -> Result<(), InstanceError> {
+        let names = plan.gpus.iter().map(|gpu| gpu.id.clone());
+        let gpus = names.zip(self.gpus.iter().map(Arc::clone));
+        let desk = Arc::new(Desk::new(&plan.name, gpus.collect()));
+        if let Some(scenario) = scenario {
+            let runner = Runner::start(scenario, &desk).map_err(InstanceError::Player)?;
+            self.runner = Some(runner);
+        }
+        let path = socket_dir.join(control::SOCKET);
+        let answer = Arc::new(move |request| desk.answer(request));
+        self.control = Some(Control::bind(path, answer, Bounds::default())?);
+        Ok(())
     }
 
     /// The sockets, in order of GPUs.
@@ -245,6 +322,8 @@ impl Instance {
 
 impl Drop for Instance {
     fn drop(&mut self) {
+        self.control = None;
+        self.runner = None;
         self.servers.clear();
         self.gpus.clear();
         // A GPU's threads may hold the memory a moment longer, and the process end before they let go.
@@ -287,6 +366,29 @@ mod tests {
         };
         assert!(Gpu::new(config.clone(), Fabric::new()).is_ok());
         (sizes, memory.files, config)
+    }
+
+    #[test]
+    fn what_the_description_says_of_the_device_is_what_it_is() {
+        let text = "name = \"m\"\n[[cpu]]\ncpus = 1\nmemory = \"1GiB\"\n[[gpu]]\nhbm = \"1GiB\"\ncpu = 0\n\
+            [device]\nvendor = 0x1002\ndevice = 0x74a0\nclass = 0x030200\nrevision = 2\nsubsystem = 7\n\
+            queues = 8\nboot_us = 5\n";
+        let plan = |text| numagpu_topology::plan(&numagpu_topology::parse("m", text).unwrap());
+        let given = device(&plan(text).unwrap().device, GpuConfig::new(0, Vec::new()));
+        let ids = PciIds {
+            vendor: 0x1002,
+            device: 0x74a0,
+            subsystem_vendor: 0x1002,
+            subsystem: 7,
+            class: 0x03_0200,
+            revision: 2,
+        };
+        assert_eq!((given.ids, given.queues), (ids, 8));
+        assert_eq!(given.boot_delay, Duration::from_micros(5));
+        let (plain, _) = text.split_once("[device]").unwrap();
+        let usual = device(&plan(plain).unwrap().device, GpuConfig::new(0, Vec::new()));
+        assert_eq!(usual.ids, PciIds::default());
+        assert_eq!(usual.queues, GpuConfig::new(0, Vec::new()).queues);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! held by a lock on a file in it. What a killed run left is known by its free lock, and swept by the next run.
 
 use std::ffi::OsString;
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, DirEntry};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
@@ -118,6 +118,51 @@ impl Drop for RunDir {
     }
 }
 
+/// The directories of all runs of this user that are alive, in no order.
+///
+/// # Errors
+/// [`RunDirError`] if others could have put something there.
+pub fn running() -> Result<Vec<PathBuf>, RunDirError> {
+    running_in(&parent(std::env::var_os("XDG_RUNTIME_DIR")))
+}
+
+/// The same in a parent directory of one's own.
+///
+/// # Errors
+/// As those of [`running`].
+pub fn running_in(parent: &Path) -> Result<Vec<PathBuf>, RunDirError> {
+    if !parent.exists() {
+        return Ok(Vec::new());
+    }
+    // While one looks at the locks, nobody takes them for those of runs.
+    let gate = open_private(parent)?;
+    retry(|| flock(&gate, FlockOperation::LockExclusive)).map_err(|errno| RunDirError::Host {
+        doing: "lock",
+        path: parent.to_owned(),
+        source: errno.into(),
+    })?;
+    let entries = std::fs::read_dir(parent).map_err(|source| RunDirError::Host {
+        doing: "read",
+        path: parent.to_owned(),
+        source,
+    })?;
+    let runs = entries.flatten().filter(is_run).map(|entry| entry.path());
+    Ok(runs.filter(|path| is_held(path)).collect())
+}
+
+/// Whether a name is that of a run directory.
+fn is_run(entry: &DirEntry) -> bool {
+    entry.file_name().to_string_lossy().starts_with(PREFIX)
+}
+
+/// Whether the run with this directory is alive.
+fn is_held(path: &Path) -> bool {
+    !matches!(
+        lock_file(&path.join(LOCK), OFlags::empty()),
+        Ok(_) | Err(Errno::NOENT)
+    )
+}
+
 /// Where run directories are made, by the value of `XDG_RUNTIME_DIR`.
 fn parent(runtime: Option<OsString>) -> PathBuf {
     match runtime.map(PathBuf::from) {
@@ -158,14 +203,7 @@ fn sweep(parent: &Path) {
         return;
     };
     for entry in entries.flatten() {
-        if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
-            continue;
-        }
-        let held = match lock_file(&entry.path().join(LOCK), OFlags::empty()) {
-            Ok(_) | Err(Errno::NOENT) => false,
-            Err(_) => true,
-        };
-        if !held {
+        if is_run(&entry) && !is_held(&entry.path()) {
             tracing::info!(
                 "removing what a killed run left: {}",
                 entry.path().display()
@@ -234,6 +272,22 @@ mod tests {
         assert!(parent.join("other").exists());
         assert!(!parent.join("run-1-0").exists());
         assert!(!parent.join("run-2-0").exists());
+    }
+
+    #[test]
+    fn only_runs_that_are_alive_are_listed() {
+        let base = tempfile::tempdir().unwrap();
+        let parent = base.path().join("numagpu");
+        assert_eq!(running_in(&parent).unwrap(), Vec::<PathBuf>::new());
+        let live = RunDir::create_in(&parent).unwrap();
+        std::fs::create_dir(parent.join("run-1-0")).unwrap();
+        File::create(parent.join("run-1-0").join(LOCK)).unwrap();
+        assert_eq!(running_in(&parent).unwrap(), [live.path()]);
+        drop(live);
+        assert_eq!(running_in(&parent).unwrap(), Vec::<PathBuf>::new());
+        let open = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(&parent, open).unwrap();
+        assert!(running_in(&parent).is_err());
     }
 
     #[test]

@@ -129,7 +129,7 @@ impl HbmStore for Store {
         self.memory.backing()
     }
 
-    fn scrub(&self) -> io::Result<()> {
+    fn scrub(&self, offset: u64, len: u64) -> io::Result<()> {
         let mut gate = self.lock();
         while gate.hold {
             gate = self
@@ -141,7 +141,7 @@ impl HbmStore for Store {
             return Err(io::Error::other("asked for"));
         }
         drop(gate);
-        self.memory.scrub()
+        self.memory.scrub(offset, len)
     }
 }
 

@@ -172,7 +172,7 @@ impl Play<'_> {
                     true => (0, 0),
                     false => (token_of(token), token_of(new_token)),
                 };
-                self.command(gpu, partition, (command % 5).into(), tokens, stale);
+                self.command(gpu, partition, (command % 6).into(), tokens, stale);
             }
             Action::Scribble {
                 gpu,
@@ -209,7 +209,9 @@ impl Play<'_> {
             }
             Action::BusMaster { gpu, on } => {
                 machine.set_bus_master(of(gpu), on);
-                self.functions[of(gpu)].bus_master = on;
+                if std::mem::replace(&mut self.functions[of(gpu)].bus_master, on) && !on {
+                    self.lost_all(of(gpu));
+                }
             }
             Action::Reset {
                 gpu,
@@ -291,11 +293,11 @@ impl Play<'_> {
             (1, S::Free) if !ready => R::NotReady,
             (1, S::Free) if known.seen != Coherence::Coherent => R::NotCoherent,
             (1, S::Claimed) => R::Busy,
-            (1..=3, S::Releasing) => R::Releasing,
-            (1..=3, S::Faulted) => R::Faulted,
-            (2 | 3, _) if !is_owner => R::NotOwner,
+            (1..=4, S::Releasing) => R::Releasing,
+            (1..=4, S::Faulted) => R::Faulted,
+            (2..=4, _) if !is_owner => R::NotOwner,
             (3, _) if new_token == 0 => R::BadToken,
-            (1..=3, _) => R::Ok,
+            (1..=4, _) => R::Ok,
             _ => R::BadCommand,
         };
         known.result = result;
@@ -312,6 +314,7 @@ impl Play<'_> {
                 known.contents = None;
             }
             (3, R::Ok) => known.owner = new_token,
+            (4, R::Ok) => {}
             _ => self.tally.refusals += 1,
         }
         let claimed = (command, result) == (1, R::Ok);
@@ -399,6 +402,18 @@ impl Play<'_> {
             if known.state != OwnerState::Free || disconnect {
                 known.state = OwnerState::Releasing;
                 known.contents = None;
+            }
+        }
+    }
+
+    /// Whoever owns a partition loses it, and is to be told.
+    fn lost_all(&mut self, gpu: usize) {
+        for known in &mut self.partitions[gpu] {
+            if known.state == OwnerState::Claimed {
+                known.state = OwnerState::Releasing;
+                known.owner = 0;
+                known.contents = None;
+                known.lost = true;
             }
         }
     }

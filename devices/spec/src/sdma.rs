@@ -3,9 +3,11 @@
 //! Source: Linux `drivers/gpu/drm/amd/amdgpu/vega10_sdma_pkt_open.h` (SDMA 4.x). All packets are sequences of
 //! little-endian 32-bit words; the first has the opcode in bits 7:0 and the sub-opcode in bits 15:8.
 
+use crate::table::Packet;
+
 /// No operation; bits 29:16 of the header give the number of further words to skip.
 pub const OP_NOP: u8 = 0;
-/// Copy; sub-opcode [`SUBOP_COPY_LINEAR`].
+/// Copy; sub-opcode [`SUBOP_COPY_LINEAR`] or [`SUBOP_COPY_SUB_WINDOW`].
 pub const OP_COPY: u8 = 1;
 /// Write of words that follow in the packet; sub-opcode [`SUBOP_WRITE_LINEAR`].
 pub const OP_WRITE: u8 = 2;
@@ -24,6 +26,8 @@ pub const OP_CONST_FILL: u8 = 11;
 
 /// Linear copy.
 pub const SUBOP_COPY_LINEAR: u8 = 0;
+/// Copy of a box of elements from one surface to another, both with pitches.
+pub const SUBOP_COPY_SUB_WINDOW: u8 = 4;
 /// Linear write.
 pub const SUBOP_WRITE_LINEAR: u8 = 0;
 
@@ -36,6 +40,9 @@ pub const SUBOP_TIMESTAMP_GET_GLOBAL: u8 = 2;
 
 /// Words of a linear copy: header, bytes - 1, parameter, source low/high, destination low/high.
 pub const COPY_LINEAR_WORDS: usize = 7;
+/// Words of a sub-window copy: header, of source and then of destination (address low/high, y << 16 | x,
+/// (pitch - 1) << 13 | z, slice pitch - 1), (rows - 1) << 16 | columns - 1, slices - 1.
+pub const COPY_SUB_WINDOW_WORDS: usize = 13;
 /// Words of a linear write before its data: header, destination low/high, words - 1.
 pub const WRITE_LINEAR_HEADER_WORDS: usize = 4;
 /// Words of a fence: header, address low/high, value.
@@ -51,6 +58,20 @@ pub const ATOMIC_WORDS: usize = 8;
 /// Words of a timestamp: header, then low/high of the address, or for a set of the new time in ns.
 pub const TIMESTAMP_WORDS: usize = 3;
 
+/// Position of the element's size in a sub-window copy's header (31:29): its bytes are 1 << size.
+pub const WINDOW_ELEMENT_SHIFT: u32 = 29;
+/// Largest size of an element: 16 bytes.
+pub const WINDOW_ELEMENT_MAX: u32 = 4;
+/// Bits of a column of a sub-window copy (13:0), and of a row above [`WINDOW_Y_SHIFT`].
+pub const WINDOW_XY_MASK: u32 = 0x3fff;
+/// Position of the row (29:16).
+pub const WINDOW_Y_SHIFT: u32 = 16;
+/// Bits of a slice (10:0).
+pub const WINDOW_Z_MASK: u32 = 0x7ff;
+/// Position of the pitch - 1, in elements (31:13).
+pub const WINDOW_PITCH_SHIFT: u32 = 13;
+/// Bits of the slice pitch - 1, in elements (27:0).
+pub const WINDOW_SLICE_MASK: u32 = 0x0fff_ffff;
 /// Header bit of a poll that polls memory; without it a register is meant, which this device does not have.
 pub const POLL_MEMORY: u32 = 1 << 31;
 /// Position of the comparison in a poll's header (30:28), one of [`PollFunction`].
@@ -168,6 +189,139 @@ pub const TRAP_CONTEXT_MASK: u32 = 0x0fff_ffff;
 /// Position of the fill size in a constant fill's header (31:30): 0 = bytes, 2 = words.
 pub const FILL_SIZE_SHIFT: u32 = 30;
 
+/// Every packet that the copy queue takes.
+pub const PACKETS: &[Packet] = &[
+    Packet {
+        name: "NOP",
+        op: OP_NOP,
+        sub_op: 0,
+        words: &["HEADER"],
+        doc: "skips itself and as many words as its header says",
+    },
+    Packet {
+        name: "COPY_LINEAR",
+        op: OP_COPY,
+        sub_op: SUBOP_COPY_LINEAR,
+        words: &[
+            "HEADER",
+            "COUNT",
+            "PARAMETER",
+            "SOURCE_LO",
+            "SOURCE_HI",
+            "DESTINATION_LO",
+            "DESTINATION_HI",
+        ],
+        doc: "copies COUNT + 1 bytes",
+    },
+    Packet {
+        name: "WRITE_LINEAR",
+        op: OP_WRITE,
+        sub_op: SUBOP_WRITE_LINEAR,
+        words: &["HEADER", "DESTINATION_LO", "DESTINATION_HI", "COUNT"],
+        doc: "writes the COUNT + 1 words that follow",
+    },
+    Packet {
+        name: "FENCE",
+        op: OP_FENCE,
+        sub_op: 0,
+        words: &["HEADER", "ADDRESS_LO", "ADDRESS_HI", "VALUE"],
+        doc: "stores a word when all packets before are done",
+    },
+    Packet {
+        name: "TRAP",
+        op: OP_TRAP,
+        sub_op: 0,
+        words: &["HEADER", "CONTEXT"],
+        doc: "raises the queue's interrupt",
+    },
+    Packet {
+        name: "POLL_REGMEM",
+        op: OP_POLL_REGMEM,
+        sub_op: 0,
+        words: &[
+            "HEADER",
+            "ADDRESS_LO",
+            "ADDRESS_HI",
+            "REFERENCE",
+            "MASK",
+            "RETRIES_INTERVAL",
+        ],
+        doc: "waits until a word of memory compares as asked",
+    },
+    Packet {
+        name: "ATOMIC",
+        op: OP_ATOMIC,
+        sub_op: 0,
+        words: &[
+            "HEADER",
+            "ADDRESS_LO",
+            "ADDRESS_HI",
+            "OPERAND_LO",
+            "OPERAND_HI",
+            "COMPARAND_LO",
+            "COMPARAND_HI",
+            "LOOP_INTERVAL",
+        ],
+        doc: "changes 4 or 8 bytes of memory atomically",
+    },
+    Packet {
+        name: "CONST_FILL",
+        op: OP_CONST_FILL,
+        sub_op: 0,
+        words: &[
+            "HEADER",
+            "DESTINATION_LO",
+            "DESTINATION_HI",
+            "VALUE",
+            "COUNT",
+        ],
+        doc: "fills COUNT + 1 bytes",
+    },
+    Packet {
+        name: "TIMESTAMP_SET",
+        op: OP_TIMESTAMP,
+        sub_op: SUBOP_TIMESTAMP_SET,
+        words: &["HEADER", "NS_LO", "NS_HI"],
+        doc: "sets the queue's local time",
+    },
+    Packet {
+        name: "TIMESTAMP_GET",
+        op: OP_TIMESTAMP,
+        sub_op: SUBOP_TIMESTAMP_GET,
+        words: &["HEADER", "ADDRESS_LO", "ADDRESS_HI"],
+        doc: "stores the queue's local time",
+    },
+    Packet {
+        name: "TIMESTAMP_GET_GLOBAL",
+        op: OP_TIMESTAMP,
+        sub_op: SUBOP_TIMESTAMP_GET_GLOBAL,
+        words: &["HEADER", "ADDRESS_LO", "ADDRESS_HI"],
+        doc: "stores the device clock",
+    },
+];
+
+/// Stops compilation where the table is not as long as the packets are.
+#[allow(clippy::indexing_slicing, reason = "runs at compile time")]
+const _: () = {
+    let mut i = 0;
+    while i < PACKETS.len() {
+        let words = match PACKETS[i].op {
+            OP_NOP => 1,
+            OP_COPY => COPY_LINEAR_WORDS,
+            OP_WRITE => WRITE_LINEAR_HEADER_WORDS,
+            OP_FENCE => FENCE_WORDS,
+            OP_TRAP => TRAP_WORDS,
+            OP_POLL_REGMEM => POLL_REGMEM_WORDS,
+            OP_ATOMIC => ATOMIC_WORDS,
+            OP_CONST_FILL => CONST_FILL_WORDS,
+            OP_TIMESTAMP => TIMESTAMP_WORDS,
+            _ => 0,
+        };
+        assert!(PACKETS[i].words.len() == words, "a packet has its words");
+        i += 1;
+    }
+};
+
 /// Low half of an address.
 #[allow(
     clippy::cast_possible_truncation,
@@ -195,6 +349,61 @@ pub const fn copy_linear(source: u64, destination: u64, bytes: u64) -> [u32; COP
         lo(destination),
         hi(destination),
     ]
+}
+
+/// A surface of a sub-window copy, and where the box begins in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Surface {
+    /// Address of its first element.
+    pub address: u64,
+    /// First column, row and slice of the box, cut to their fields' widths.
+    pub origin: [u32; 3],
+    /// Elements from one row to the next, 1 to 2^19.
+    pub pitch: u32,
+    /// Elements from one slice to the next, 1 to 2^28.
+    pub slice_pitch: u32,
+}
+
+/// A copy of a box of `extent` columns, rows and slices, each at least 1, of elements of `1 << element_size` bytes, at most 16.
+pub const fn copy_sub_window(
+    element_size: u32,
+    source: Surface,
+    destination: Surface,
+    extent: [u32; 3],
+) -> [u32; COPY_SUB_WINDOW_WORDS] {
+    let from = surface(source);
+    let to = surface(destination);
+    let [columns, rows, slices] = extent;
+    [
+        OP_COPY as u32 | (SUBOP_COPY_SUB_WINDOW as u32) << 8 | element_size << WINDOW_ELEMENT_SHIFT,
+        from[0],
+        from[1],
+        from[2],
+        from[3],
+        from[4],
+        to[0],
+        to[1],
+        to[2],
+        to[3],
+        to[4],
+        columns_and_rows(columns.wrapping_sub(1), rows.wrapping_sub(1)),
+        slices.wrapping_sub(1) & WINDOW_Z_MASK,
+    ]
+}
+
+const fn surface(surface: Surface) -> [u32; 5] {
+    let [x, y, z] = surface.origin;
+    [
+        lo(surface.address),
+        hi(surface.address),
+        columns_and_rows(x, y),
+        surface.pitch.wrapping_sub(1) << WINDOW_PITCH_SHIFT | z & WINDOW_Z_MASK,
+        surface.slice_pitch.wrapping_sub(1) & WINDOW_SLICE_MASK,
+    ]
+}
+
+const fn columns_and_rows(x: u32, y: u32) -> u32 {
+    (y & WINDOW_XY_MASK) << WINDOW_Y_SHIFT | x & WINDOW_XY_MASK
 }
 
 /// A fence: stores `value` at `address`, a multiple of 4.

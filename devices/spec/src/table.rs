@@ -126,6 +126,21 @@ pub struct Block {
     pub doc: &'static str,
 }
 
+/// A packet of the copy queue, as a sequence of 32-bit words.
+#[derive(Clone, Copy, Debug)]
+pub struct Packet {
+    /// Name in upper case.
+    pub name: &'static str,
+    /// Bits 7:0 of the first word.
+    pub op: u8,
+    /// Bits 15:8 of the first word.
+    pub sub_op: u8,
+    /// Names of the words in upper case, the first of them `HEADER`.
+    pub words: &'static [&'static str],
+    /// What it does, in one line, for documents.
+    pub doc: &'static str,
+}
+
 /// Stops compilation where a table of blocks is not well formed: blocks ascending, disjoint and inside `size`;
 /// registers ascending, aligned, disjoint and inside their stride; masks inside the width and disjoint.
 #[allow(

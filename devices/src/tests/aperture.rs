@@ -62,7 +62,7 @@ fn caps(machine: &Machine) -> Caps {
 fn the_aperture_is_told_of_everywhere() {
     for coherent in [true, false] {
         let machine = machine(coherent);
-        let expected = Caps::HBM_APERTURE | Caps::PEER_COPY;
+        let expected = Caps::HBM_APERTURE | Caps::PEER_COPY | Caps::PARTITION_MODES;
         let coherent = if coherent {
             Caps::COHERENT_HBM
         } else {
@@ -105,7 +105,10 @@ fn the_aperture_is_told_of_everywhere() {
         );
     }
     let plain = Machine::new();
-    assert_eq!(caps(&plain), Caps::COHERENT_HBM | Caps::PEER_COPY);
+    assert_eq!(
+        caps(&plain),
+        Caps::COHERENT_HBM | Caps::PEER_COPY | Caps::PARTITION_MODES
+    );
     assert_eq!(plain.gpus[0].layout().bars.len(), 3);
     plain.gpus[0].bar_write(APERTURE, 0, &[1; 8]);
     assert_eq!(read(&plain, 0, 8), [0; 8], "no such BAR");
@@ -291,8 +294,8 @@ impl HbmStore for Part {
         Some(self.file.as_fd())
     }
 
-    fn scrub(&self) -> std::io::Result<()> {
-        self.memory.scrub()
+    fn scrub(&self, offset: u64, len: u64) -> std::io::Result<()> {
+        self.memory.scrub(offset, len)
     }
 }
 

@@ -1,7 +1,8 @@
 //! What packets do when all is well.
 
 use numagpu_spec::regs::{QueueState, irq, queue};
-use numagpu_spec::sdma::{const_fill, copy_linear, fence, trap};
+use numagpu_spec::sdma::{Surface, const_fill, copy_linear, copy_sub_window, fence, trap};
+use proptest::prelude::*;
 
 use super::*;
 use crate::test_support::Access;
@@ -210,4 +211,188 @@ fn a_slow_queue_holds_up_nobody() {
     dma.resume();
     assert_eq!(machine.settle(0, 0), QueueState::Idle);
     assert_eq!(machine.peek32(DATA - 128), 1);
+}
+
+/// A stop that has returned is never followed by a new pointer, nor by an access.
+#[test]
+fn nothing_moves_behind_a_stop() {
+    let machine = Machine::ready();
+    let words: Vec<u32> = (0..100)
+        .flat_map(|n| {
+            let mut words = copy_linear(DATA, hbm(0, 0), 4096).to_vec();
+            words.extend(fence(DATA + 8192, n));
+            words
+        })
+        .collect();
+    for round in 0..50 {
+        machine.submit(0, 0, &words[..words.len() / 2]);
+        std::thread::sleep(Duration::from_micros(round * 20));
+        machine.set_queue(0, 0, &queue::CONTROL, 0);
+        let seen = |machine: &Machine| {
+            let status = machine.gpus[0].status().queues[0];
+            let accesses = machine.vmms[0].dma.accesses().len();
+            (status, machine.peek32(DATA + 8192), accesses)
+        };
+        let before = seen(&machine);
+        std::thread::sleep(Duration::from_micros(300));
+        assert_eq!(seen(&machine), before);
+        assert_eq!(before.0.state, QueueState::Disabled);
+        machine.reset_queue(0, 0);
+        machine.enable(0, 0, TOKEN);
+    }
+}
+
+/// Memory that was unmapped is never written again, whatever the engine was doing.
+#[test]
+fn an_unmap_in_the_midst_of_copies_is_the_end_of_them() {
+    let machine = Machine::ready();
+    let dma = &machine.vmms[0].dma;
+    let away = 0x2000_0000;
+    for round in 0..20u32 {
+        let ram = dma.map_ram(away, 8 << 20).unwrap();
+        machine.run(&const_fill(hbm(0, 0), round + 1, 4 << 20));
+        let words: Vec<u32> = (0..20)
+            .flat_map(|_| {
+                let mut words = copy_linear(hbm(0, 0), away, 4 << 20).to_vec();
+                words.extend(copy_linear(away, away + (4 << 20), 4 << 20));
+                words
+            })
+            .collect();
+        machine.submit(0, 0, &words);
+        std::thread::sleep(Duration::from_micros(u64::from(round) * 50));
+        dma.unmap(away);
+        let clear = vec![0xee; 8 << 20];
+        ram.slice(0, 8 << 20)
+            .unwrap()
+            .write_slice(&clear, 0)
+            .unwrap();
+        assert_eq!(machine.settle(0, 0), QueueState::Fault);
+        let (code, address, _) = machine.fault(0, 0);
+        assert_eq!(code, QueueFault::Unmapped);
+        assert!((away..away + (8 << 20)).contains(&address));
+        assert!(bytes(&ram, 0, 8 << 20) == clear);
+        machine.reset_queue(0, 0);
+        machine.enable(0, 0, TOKEN);
+    }
+}
+
+/// A surface of 64 columns, 16 rows and 4 slices.
+fn surface(address: u64, origin: [u32; 3]) -> Surface {
+    Surface {
+        address,
+        origin,
+        pitch: 64,
+        slice_pitch: 64 * 16,
+    }
+}
+
+fn refused(machine: &Machine, words: &[u32], code: QueueFault, address: u64) {
+    assert_eq!(machine.run(words), QueueState::Fault, "{words:x?}");
+    assert_eq!(machine.fault(0, 0), (code, address, 0), "{words:x?}");
+    machine.reset_queue(0, 0);
+    machine.enable(0, 0, TOKEN);
+}
+
+#[test]
+fn sub_windows_of_bad_form_or_place_are_refused() {
+    let machine = Machine::ready();
+    let (from, to) = (surface(DATA, [0; 3]), surface(hbm(0, 0), [0; 3]));
+    let good = copy_sub_window(2, from, to, [4, 4, 1]);
+    assert_eq!(machine.run(&good), QueueState::Idle);
+    machine.reset_queue(0, 0);
+    machine.enable(0, 0, TOKEN);
+    let flags = [
+        (0, 1 << 16),
+        (0, 1 << 18),
+        (0, 5 << 29),
+        (3, 1 << 14),
+        (3, 1 << 30),
+        (4, 1 << 11),
+        (4, 1 << 12),
+        (5, 1 << 28),
+        (8, 1 << 15),
+        (9, 1 << 12),
+        (10, 1 << 31),
+        (11, 1 << 31),
+        (12, 1 << 11),
+        (12, 1 << 16),
+        (12, 1 << 24),
+    ];
+    for (word, bits) in flags {
+        let mut bad = good;
+        bad[word] = bad[word] & !(bits | u32::from(word == 0) << 30) | bits;
+        refused(&machine, &bad, QueueFault::BadField, RING);
+    }
+    // Past the end of the address space, from its second row on.
+    let high = u64::MAX - 100;
+    let wraps = copy_sub_window(0, surface(high, [0; 3]), to, [4, 4, 1]);
+    assert_eq!(machine.run(&wraps), QueueState::Fault);
+    machine.reset_queue(0, 0);
+    machine.enable(0, 0, TOKEN);
+    // The third row is behind the last partition, where there is nothing.
+    let end = hbm(0, 2) - 2 * 64;
+    let words = copy_sub_window(0, from, surface(end, [0; 3]), [10, 3, 1]);
+    refused(&machine, &words, QueueFault::Unmapped, hbm(0, 2));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Copies in one memory, overlapping or not, do what a model of bytes does.
+    #[test]
+    fn copies_do_what_a_memmove_does(
+        steps in prop::collection::vec((0u64..600_000, 0u64..600_000, 1u64..500_000, any::<bool>()), 1..6)
+    ) {
+        let machine = Machine::ready();
+        let mut model = noise(1_100_000);
+        machine.poke(DATA, &model);
+        machine.run(&copy_linear(DATA, hbm(0, 0), model.len() as u64));
+        let mut other = model.clone();
+        for (from, to, len, in_ram) in steps {
+            let (base, memory) = match in_ram {
+                true => (DATA, &mut model),
+                false => (hbm(0, 0), &mut other),
+            };
+            let words = copy_linear(base + from, base + to, len);
+            prop_assert_eq!(machine.run(&words), QueueState::Idle);
+            memory.copy_within(from as usize..(from + len) as usize, to as usize);
+        }
+        prop_assert!(machine.peek(DATA, model.len()) == model, "RAM");
+        prop_assert!(bytes(&machine.stores[0][0], 0, other.len()) == other, "HBM");
+    }
+
+    /// A sub-window goes element by element, and nothing beside it changes.
+    #[test]
+    fn sub_windows_copy_a_box(
+        size in 0u32..5,
+        source in (0u32..30, 0u32..8, 0u32..2),
+        destination in (0u32..30, 0u32..8, 0u32..2),
+        extent in (1u32..30, 1u32..8, 1u32..3),
+    ) {
+        let machine = Machine::ready();
+        let element = 1usize << size;
+        let len = 64 * 16 * 4 * element;
+        let data = noise(len);
+        machine.poke(DATA, &data);
+        let (from, to) = (<[u32; 3]>::from(source), <[u32; 3]>::from(destination));
+        let extent = <[u32; 3]>::from(extent);
+        let words = copy_sub_window(size, surface(DATA, from), surface(hbm(0, 0), to), extent);
+        prop_assert_eq!(machine.run(&words), QueueState::Idle);
+        let at = |origin: [u32; 3], x: u32, y: u32, z: u32| {
+            let index = ((origin[2] + z) * 16 + origin[1] + y) * 64 + origin[0] + x;
+            index as usize * element
+        };
+        let mut model = vec![0; len];
+        for z in 0..extent[2] {
+            for y in 0..extent[1] {
+                for x in 0..extent[0] {
+                    let (a, b) = (at(from, x, y, z), at(to, x, y, z));
+                    model[b..b + element].copy_from_slice(&data[a..a + element]);
+                }
+            }
+        }
+        prop_assert!(bytes(&machine.stores[0][0], 0, len) == model);
+        let moved = u64::from(extent.iter().product::<u32>()) * element as u64;
+        prop_assert_eq!(machine.gpus[0].status().queues[0].bytes, moved);
+    }
 }

@@ -244,7 +244,9 @@ fn bus_master_off() {
     machine.gpus[0].config_write(4, &[2]);
     assert_eq!(machine.run(&[NOP]), QueueState::Fault);
     assert_eq!(machine.fault(0, 0), (QueueFault::BusMasterOff, PACKET, 2));
-    // A ring in own HBM is no DMA, guest memory is.
+    // A ring in own HBM is no DMA, guest memory is. The partition was lost: it is claimed anew.
+    machine.wait_free(0, 1);
+    assert_eq!(machine.claim(0, 1, TOKEN), OwnerResult::Ok);
     machine.enable_at(0, 1, TOKEN, hbm(0, 1));
     machine.set_queue(0, 1, &queue::RPTR_WRITEBACK, 0);
     machine.ring_doorbell(0, 1, 4);

@@ -9,9 +9,13 @@ mod aperture;
 mod copies;
 mod faults;
 mod fuzz;
+mod inject;
 mod lifecycle;
+mod model;
 mod ownership;
 mod packets;
+mod partitions;
+mod timing;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

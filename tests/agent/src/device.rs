@@ -253,47 +253,56 @@ impl Device {
         })
     }
 
-    /// Routes an MSI-X vector to a physical address: the message is then a 4-byte store of `data` there. User space
-    /// without an IOMMU cannot give the processor an interrupt, but it can see the very message arrive.
+    /// Routes an MSI-X vector to a physical address.
     pub fn route_vector(&self, vector: u16, address: u64, data: u32) -> Outcome {
-        let (capability, mut control) = self.msix_capability().ok_or("no MSI-X capability")?;
-        let mut set = |bits: u16, clear: u16| {
-            control = control & !clear | bits;
-            self.config
-                .write_all_at(&control.to_le_bytes(), capability + 2)
-                .map_err(|error| error.to_string())
-        };
-        // Enabled with all vectors masked, as PCI Local Bus 3.0, section 6.8.3.5 wants it while the table changes.
-        set(1 << 15 | 1 << 14, 0)?;
-        let entry = usize::from(vector) * 16;
-        self.msix
-            .write32(entry, u32::try_from(address & 0xffff_ffff).unwrap_or(0));
-        self.msix
-            .write32(entry + 4, u32::try_from(address >> 32).unwrap_or(0));
-        self.msix.write32(entry + 8, data);
-        self.msix.write32(entry + 12, 0);
-        set(0, 1 << 14)
+        route_vector(&self.config, &self.msix, vector, address, data)
     }
+}
 
-    /// Offset and message control of the MSI-X capability.
-    fn msix_capability(&self) -> Option<(u64, u16)> {
-        let read = |at: u64| {
-            let mut byte = [0];
-            self.config.read_exact_at(&mut byte, at).ok()?;
-            Some(byte[0])
-        };
-        let mut at = u64::from(read(0x34)?);
-        for _ in 0..48 {
-            if at < 0x40 {
-                return None;
-            }
-            if read(at)? == 0x11 {
-                return Some((at, u16::from_le_bytes([read(at + 2)?, read(at + 3)?])));
-            }
-            at = u64::from(read(at + 1)?);
+/// Routes an MSI-X vector to a physical address: the message is then a 4-byte store of `data` there. User space
+/// without an IOMMU cannot give the processor an interrupt, but it can see the very message arrive.
+pub fn route_vector(
+    config: &File,
+    msix: &Mapping,
+    vector: u16,
+    address: u64,
+    data: u32,
+) -> Outcome {
+    let (capability, mut control) = msix_capability(config).ok_or("no MSI-X capability")?;
+    let mut set = |bits: u16, clear: u16| {
+        control = control & !clear | bits;
+        config
+            .write_all_at(&control.to_le_bytes(), capability + 2)
+            .map_err(|error| error.to_string())
+    };
+    // Enabled with all vectors masked, as PCI Local Bus 3.0, section 6.8.3.5 wants it while the table changes.
+    set(1 << 15 | 1 << 14, 0)?;
+    let entry = usize::from(vector) * 16;
+    msix.write32(entry, u32::try_from(address & 0xffff_ffff).unwrap_or(0));
+    msix.write32(entry + 4, u32::try_from(address >> 32).unwrap_or(0));
+    msix.write32(entry + 8, data);
+    msix.write32(entry + 12, 0);
+    set(0, 1 << 14)
+}
+
+/// Offset and message control of the MSI-X capability.
+fn msix_capability(config: &File) -> Option<(u64, u16)> {
+    let read = |at: u64| {
+        let mut byte = [0];
+        config.read_exact_at(&mut byte, at).ok()?;
+        Some(byte[0])
+    };
+    let mut at = u64::from(read(0x34)?);
+    for _ in 0..48 {
+        if at < 0x40 {
+            return None;
         }
-        None
+        if read(at)? == 0x11 {
+            return Some((at, u16::from_le_bytes([read(at + 2)?, read(at + 3)?])));
+        }
+        at = u64::from(read(at + 1)?);
     }
+    None
 }
 
 /// Where the ring and the fences of a queue are in the DMA buffer.

@@ -76,6 +76,11 @@ impl Drive {
         })
     }
 
+    /// Memory for DMA, and where devices reach it. Between steps nobody uses it.
+    pub fn buffer(&self) -> (&Mapping, u64) {
+        (&self.buffer, self.physical)
+    }
+
     /// What was seen of the GPUs.
     pub fn finish(self) -> Vec<GpuSeen> {
         self.gpus.into_iter().map(|gpu| gpu.seen).collect()

@@ -5,6 +5,7 @@
 
 mod device;
 mod drive;
+mod example;
 mod hbm;
 mod probe;
 mod sys;
@@ -137,6 +138,8 @@ fn main() {
                 host.progress("driver: holds its HBM");
                 report.problems.extend(hold(&mut host, &drive).err());
             }
+            let (buffer, physical) = drive.buffer();
+            example::drive(buffer, physical, &mut report.problems);
             host.progress("driver: release");
             drive.stop();
             report.gpus = drive.finish();

@@ -9,6 +9,7 @@
 //! links, distances). This one has the types, and puts the parts together.
 
 mod access;
+mod backing;
 mod fabric;
 mod number;
 mod place;
@@ -17,8 +18,9 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::device::Device;
 use crate::error::MachineError;
-use crate::machine::{BackingKind, Exposure, Guest, Machine, PciNode};
+use crate::machine::{Exposure, Guest, Machine, PciNode};
 use crate::platform::Holes;
 use crate::qom;
 use crate::ranges::Range;
@@ -26,6 +28,7 @@ use crate::size::MIB;
 use crate::validate::{self, Checked};
 
 pub use access::Access;
+pub use backing::Backing;
 pub(crate) use number::backend_names;
 use number::{Initiators, Numbering};
 pub(crate) use place::pci_hole64_needed;
@@ -64,6 +67,9 @@ pub struct Plan {
     /// What the HBM is made of on the host.
     #[serde(skip)]
     pub backing: Backing,
+    /// The GPUs' PCI functions.
+    #[serde(skip)]
+    pub device: Device,
     /// What the reader should know before booting it.
     pub warnings: Vec<String>,
 }
@@ -159,6 +165,12 @@ pub struct Gpu {
     pub hive_size: u32,
     /// Links.
     pub links: Vec<GpuLink>,
+    /// MB/s from the GPU to its own HBM; 0 = not known.
+    #[serde(skip)]
+    pub hbm_bandwidth_mbs: u32,
+    /// Nanoseconds from the GPU to its own HBM; 0 = not known.
+    #[serde(skip)]
+    pub hbm_latency_ns: u32,
 }
 
 /// A range of HBM.
@@ -180,17 +192,6 @@ pub struct Domain {
     pub pxm: u32,
     /// QEMU's name of the Generic Initiator object, if there is one.
     pub initiator: Option<String>,
-}
-
-/// What the HBM is made of on the host.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
-    /// Kind of memory.
-    pub kind: BackingKind,
-    /// Directory of the files, if the description names one.
-    pub directory: Option<String>,
-    /// Bytes of a huge page, for [`BackingKind::Hugetlb`].
-    pub page: u64,
 }
 
 /// A BAR through which HBM is reached.
@@ -368,7 +369,8 @@ pub fn plan(machine: &Machine) -> Result<Plan, MachineError> {
         holes: place::holes(machine),
         phys_bits: *machine.limits.phys_bits.get_ref(),
         guest: machine.guest.clone(),
-        backing: backing(machine),
+        backing: Backing::of(machine),
+        device: machine.device.clone(),
         warnings,
     })
 }
@@ -486,6 +488,8 @@ fn gpus(
             hive_node: hive.node,
             hive_size: hive.size,
             links: links.next().unwrap_or_default(),
+            hbm_bandwidth_mbs: gpu.hbm_bandwidth_mbs,
+            hbm_latency_ns: gpu.hbm_latency_ns,
         });
     }
     Ok(gpus)
@@ -560,17 +564,6 @@ fn nodes(
     }
     nodes.sort_by_key(|node| node.pxm);
     nodes
-}
-
-fn backing(machine: &Machine) -> Backing {
-    let described = &machine.backing;
-    let directory = described.directory.as_ref();
-    let page = described.page.as_ref();
-    Backing {
-        kind: *described.kind.get_ref(),
-        directory: directory.map(|directory| directory.get_ref().clone()),
-        page: page.map_or(2 * MIB, |page| page.get_ref().0),
-    }
 }
 
 fn warnings(gpus: &[Gpu]) -> Vec<String> {

@@ -1,6 +1,7 @@
 //! Limits, placement, backing, distances.
 
 use super::{Check, HBM_UNIT, would_fit, wrong};
+use crate::device::{MAX_CLASS, MAX_QUEUES};
 use crate::machine::{BackingKind, Machine};
 use crate::size::{GIB, MIB, Size, TIB};
 
@@ -67,6 +68,30 @@ pub(super) fn check_limits(machine: &Machine) -> Check<()> {
         let help =
             Some("2GiB is the default; 0 puts ranges side by side, which OVMF merges".to_owned());
         return Err(wrong(machine, gap, "placement.gap", message, help));
+    }
+    Ok(())
+}
+
+/// The GPUs' PCI functions.
+pub(super) fn check_device(machine: &Machine) -> Check<()> {
+    let device = &machine.device;
+    if let Some(vendor) = device.vendor.as_ref().filter(|it| *it.get_ref() == 0xffff) {
+        let message = "0xffff is what a slot without a device answers";
+        return Err(wrong(machine, vendor, "device.vendor", message, None));
+    }
+    if let Some(class) = device.class.as_ref().filter(|it| *it.get_ref() > MAX_CLASS) {
+        let message = format!("{:#x} has more than three bytes", class.get_ref());
+        let help = Some("0x120000 is a processing accelerator".to_owned());
+        return Err(wrong(machine, class, "device.class", message, help));
+    }
+    if let Some(queues) = &device.queues
+        && !(1..=MAX_QUEUES).contains(queues.get_ref())
+    {
+        let message = format!(
+            "{} copy queues; a GPU has 1 to {MAX_QUEUES}",
+            queues.get_ref()
+        );
+        return Err(wrong(machine, queues, "device.queues", message, None));
     }
     Ok(())
 }

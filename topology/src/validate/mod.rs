@@ -71,6 +71,7 @@ pub(crate) fn check(machine: &Machine) -> Check<Checked> {
     let links = links::check_links(machine, &ids)?;
     limits::check_limits(machine)?;
     limits::check_backing(machine)?;
+    limits::check_device(machine)?;
     let nodes = check_nodes(machine)?;
     limits::check_distances(machine, nodes)?;
     Ok(Checked { ids, cpus, links })

@@ -19,6 +19,7 @@ use crate::emulator::{self, EmulatorError};
 use crate::instance::{Instance, InstanceError};
 use crate::qmp::QmpError;
 use crate::run_dir::{RunDir, RunDirError};
+use crate::scenario::Scenario;
 
 /// What to boot, and how.
 #[derive(Clone, Debug)]
@@ -39,6 +40,8 @@ pub struct Options {
     pub accel: Option<String>,
     /// Directory for HBM files; memory files without a name if none.
     pub hbm_dir: Option<PathBuf>,
+    /// Faults that come by themselves.
+    pub scenario: Option<Scenario>,
     /// Further arguments of QEMU.
     pub qemu_arguments: Vec<String>,
     /// Whether the guest runs the agent, which reports. Otherwise the guest's console is the terminal.
@@ -224,7 +227,12 @@ pub fn run(
         .for_each(|warning| watch.warning(warning));
 
     let run_dir = RunDir::create()?;
-    let instance = Instance::start(plan, run_dir.path(), options.hbm_dir.as_deref())?;
+    let instance = Instance::start(
+        plan,
+        run_dir.path(),
+        options.hbm_dir.as_deref(),
+        options.scenario.as_ref(),
+    )?;
     let hbm: u64 = plan.hbm().map(|hbm| hbm.size).sum();
     watch.progress(&format!(
         "{} GPU(s) served, {} of HBM",

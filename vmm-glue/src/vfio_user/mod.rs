@@ -28,6 +28,7 @@ pub mod version;
 pub mod wire;
 
 pub use server::{Server, ServerError, Stopper};
+pub(crate) use server::{identity, listen_at};
 
 /// Most data bytes of one region access (`max_data_xfer_size`), which is the specification's default.
 pub const MAX_TRANSFER: usize = 1 << 20;

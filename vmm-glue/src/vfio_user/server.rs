@@ -315,7 +315,7 @@ fn hung_up(client: &OwnedFd) -> bool {
 }
 
 /// A listening socket at `path`, in place of a stale one.
-fn listen_at(path: &Path) -> Result<OwnedFd, ServerError> {
+pub(crate) fn listen_at(path: &Path) -> Result<OwnedFd, ServerError> {
     let failed = |doing| {
         move |errno| ServerError::Host {
             path: path.to_owned(),
@@ -381,6 +381,6 @@ fn new_socket() -> Result<OwnedFd, Errno> {
 }
 
 /// `st_dev` and `st_ino` of a name.
-fn identity(path: &Path) -> Result<(u64, u64), Errno> {
+pub(crate) fn identity(path: &Path) -> Result<(u64, u64), Errno> {
     lstat(path).map(|stat| (stat.st_dev, stat.st_ino))
 }

@@ -240,7 +240,7 @@ impl Device {
             }
             Request::SetIrqs(set) => self.irq.set(&set, fds),
             Request::Reset => {
-                self.function.reset(ResetKind::Function);
+                self.function.reset(ResetKind::Hot);
                 Ok(())
             }
             info => self.info(info, reply),

@@ -138,7 +138,7 @@ impl PciFunction for Probe {
     fn reset(&self, kind: ResetKind) {
         let broken = self.state().broken;
         assert!(!broken, "a bug in the device");
-        assert_eq!(kind, ResetKind::Function);
+        assert_eq!(kind, ResetKind::Hot);
         self.state().events.push("reset");
     }
 }

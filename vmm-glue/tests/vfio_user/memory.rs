@@ -283,7 +283,7 @@ fn hbm_is_one_memory_for_cpu_and_device() {
     })
     .unwrap();
 
-    hbm.scrub().unwrap();
+    hbm.scrub(0, hbm.size()).unwrap();
     assert_eq!(cpu.read_obj::<u64>(8).unwrap(), 0);
     cpu.read_slice(&mut seen, 0x12_3456).unwrap();
     assert!(seen.iter().all(|byte| *byte == 0));

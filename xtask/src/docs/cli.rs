@@ -15,7 +15,8 @@ pub fn page(numagpu: &Path) -> Result<String> {
         "# The `numagpu` command\n\n\
          <!-- Made by `cargo xtask docs` from what the command says of itself: change it there. -->\n\n\
          Exit status: 0 if all went well, 1 if something failed or the guest differs from its plan, \
-         2 if the command line or the machine description is wrong.\n\n\
+         2 if the command line, the machine description or the scenario is wrong, or a fault is for what the machine \
+         does not have.\n\n\
          Logging goes to standard error; `NUMAGPU_LOG` filters it (`warn` unless set), such as \
          `NUMAGPU_LOG=info`. `NUMAGPU_GUEST_DIR` names the directory of QEMU, firmware and kernels \
          that `cargo xtask guest` made; unless set, `run` looks for `target/guest` upwards from the \

@@ -1,14 +1,19 @@
-//! `cargo xtask docs`: the pages of `docs/` that are made from the code.
+//! `cargo xtask docs`: the pages of `docs/` and the C header that are made from the code.
 //!
 //! | page | made from |
 //! |---|---|
 //! | `registers.md` | the tables of `numagpu-spec`, by [`registers`], with the texts that [`comments`] finds |
 //! | `cli.md` | what the `numagpu` command says of itself, by [`cli`] |
 //! | `config.md` | the schema that the `numagpu` command prints, by [`config`] |
+//! | `faults.md` | the table of `devices/src/inject.rs` and the examples of `numagpu-vmm-glue`, by [`faults`] |
+//!
+//! And the C header `devices/spec/include/numagpu.h`, from the same tables as `registers.md`, by [`header`].
 
 mod cli;
 mod comments;
 mod config;
+mod faults;
+mod header;
 mod markdown;
 mod registers;
 
@@ -82,8 +87,10 @@ fn pages(workspace: &Workspace) -> Result<Vec<Page>> {
     let numagpu = workspace.numagpu(&["--workspace"])?;
     let pages = [
         ("docs/registers.md", registers::page(&workspace.root)?),
+        (header::PATH, header::text(&workspace.root)?),
         ("docs/cli.md", cli::page(&numagpu)?),
         ("docs/config.md", config::page(&workspace.root, &numagpu)?),
+        ("docs/faults.md", faults::page(&workspace.root)?),
     ];
     Ok(pages
         .map(|(path, text)| Page {

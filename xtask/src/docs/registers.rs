@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use numagpu_spec::regs::{self, Caps, IrqBits};
+use numagpu_spec::regs::{self, Caps, CodeTable, IrqBits};
 use numagpu_spec::table::{Block, Reg};
 use numagpu_spec::{pci, sdma};
 
@@ -21,7 +21,7 @@ pub fn page(root: &Path) -> Result<String> {
             .with_context(|| format!("cannot read {}", path.display()))?;
         Comments::read(&text).with_context(|| format!("{} is not understood", path.display()))
     };
-    let (registers, packets) = (read("regs.rs")?, read("sdma.rs")?);
+    let (registers, packets) = (read("regs/codes.rs")?, read("sdma.rs")?);
     let mut page = INTRODUCTION.to_owned();
     page += &function();
     page += "\n## Registers (BAR 0)\n\n";
@@ -160,7 +160,7 @@ fn register(reg: &Reg) -> [String; 6] {
 }
 
 /// What a driver may do with a register.
-fn access(reg: &Reg) -> String {
+pub(super) fn access(reg: &Reg) -> String {
     let kind = |name: &str, mask: u64| match mask {
         0 => None,
         all if all == reg.width.mask() => Some(name.to_owned()),
@@ -183,7 +183,7 @@ fn access(reg: &Reg) -> String {
 }
 
 /// Names and values of the flags of `F`.
-fn named_bits<F: bitflags::Flags>() -> Vec<(&'static str, u64)>
+pub(super) fn named_bits<F: bitflags::Flags>() -> Vec<(&'static str, u64)>
 where
     F::Bits: Into<u64>,
 {
@@ -214,24 +214,17 @@ fn bits(name: &str, flags: &[(&str, u64)], comments: &Comments) -> Result<String
 /// Tables of the codes that registers take.
 fn codes(comments: &Comments) -> Result<String> {
     let mut text = String::new();
-    macro_rules! list {
-        ($($name:ident)*) => { $(
-            let codes = regs::$name::ALL.iter().map(|code| (code.code(), code.name()));
-            text += &code_table(stringify!($name), codes, comments)?;
-        )* };
+    for one in regs::CODES {
+        text += &code_table(one, comments)?;
     }
-    list!(BootState Coherence OwnerState OwnerCommand OwnerResult QueueState QueueFault);
     Ok(text)
 }
 
 /// One table of codes.
-fn code_table(
-    name: &str,
-    codes: impl Iterator<Item = (u32, &'static str)>,
-    comments: &Comments,
-) -> Result<String> {
+fn code_table(one: &CodeTable, comments: &Comments) -> Result<String> {
+    let name = one.name;
     let mut rows = Vec::new();
-    for (code, variant) in codes {
+    for (code, variant) in one.codes {
         rows.push([
             code.to_string(),
             format!("`{variant}`"),
@@ -312,23 +305,31 @@ fn packet_section(comments: &Comments) -> Result<String> {
             format!("{}.", what.trim_end_matches('.')),
         ]);
     }
-    for (name, sub) in [
-        ("SUBOP_TIMESTAMP_SET", sdma::SUBOP_TIMESTAMP_SET),
-        ("SUBOP_TIMESTAMP_GET", sdma::SUBOP_TIMESTAMP_GET),
+    let timestamp = (sdma::OP_TIMESTAMP, "TIMESTAMP_WORDS", sdma::TIMESTAMP_WORDS);
+    let window = (
+        sdma::OP_COPY,
+        "COPY_SUB_WINDOW_WORDS",
+        sdma::COPY_SUB_WINDOW_WORDS,
+    );
+    for (name, sub, (op, constant, count)) in [
+        ("SUBOP_COPY_SUB_WINDOW", sdma::SUBOP_COPY_SUB_WINDOW, window),
+        ("SUBOP_TIMESTAMP_SET", sdma::SUBOP_TIMESTAMP_SET, timestamp),
+        ("SUBOP_TIMESTAMP_GET", sdma::SUBOP_TIMESTAMP_GET, timestamp),
         (
             "SUBOP_TIMESTAMP_GET_GLOBAL",
             sdma::SUBOP_TIMESTAMP_GET_GLOBAL,
+            timestamp,
         ),
     ] {
-        let layout = comments.on("TIMESTAMP_WORDS")?;
+        let layout = comments.on(constant)?;
         let layout = layout
             .rsplit_once(": ")
             .map_or(layout, |(_, layout)| layout);
         rows.push([
             format!("`{}`", name.trim_start_matches("SUBOP_")),
-            sdma::OP_TIMESTAMP.to_string(),
+            op.to_string(),
             sub.to_string(),
-            sdma::TIMESTAMP_WORDS.to_string(),
+            count.to_string(),
             layout.trim_end_matches('.').to_owned(),
             comments.on(name)?.to_owned(),
         ]);
@@ -347,6 +348,9 @@ fn packet_section(comments: &Comments) -> Result<String> {
          - Counts are bytes minus one for copy and fill, in bits 21:0, so one packet moves at most \
          {:#x} bytes; a linear write has words minus one, in bits 19:0, and its data in the packet \
          after the {} words of the table.\n\
+         - A sub-window copy moves a box of elements of 1 << bits 31:29 of the header bytes, at most \
+         16; pitches count elements. It goes row by row, the first row first; overlap matters within \
+         a row only as for a linear copy.\n\
          - Addresses of a fence, a linear write and a fill by words are multiples of 4.\n\
          - Bits 31:30 of a fill's header are 0 for a fill with the value's low byte, 2 for one with \
          the whole word.\n\
@@ -414,14 +418,21 @@ mod tests {
 
     #[test]
     fn every_table_of_codes_is_on_the_page() {
-        let source = include_str!("../../../devices/spec/src/regs.rs");
         let page = this_page();
-        let mut tables = source
-            .split("\ncodes! {")
-            .skip(1)
-            .filter_map(|text| text.lines().map(str::trim).find(|l| l.ends_with('{')))
-            .map(|line| line.trim_end_matches('{').trim());
-        assert!(tables.all(|name| page.contains(&format!("### `{name}`"))));
+        for one in regs::CODES {
+            assert!(
+                page.contains(&format!("### `{}`", one.name)),
+                "{}",
+                one.name
+            );
+            for (_, code) in one.codes {
+                assert!(
+                    page.contains(&format!("| `{code}`")),
+                    "{}::{code}",
+                    one.name
+                );
+            }
+        }
     }
 
     #[test]

@@ -11,13 +11,14 @@ use anyhow::{Context, Result, bail};
 const TRIES: u32 = 3;
 
 /// A host program and the Debian package that has it.
-const PACKAGES: [(&str, &str); 7] = [
+const PACKAGES: [(&str, &str); 8] = [
     ("apt-get", "apt"),
     ("apt-cache", "apt"),
     ("dpkg-deb", "dpkg"),
     ("dpkg-query", "dpkg"),
     ("cc", "gcc libc6-dev"),
     ("iasl", "acpica-tools"),
+    ("lspci", "pciutils"),
     ("lstopo-no-graphics", "hwloc-nox"),
 ];
 

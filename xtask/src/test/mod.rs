@@ -82,7 +82,7 @@ fn all(
     })?;
     // Software that is not ours, against which outputs are held.
     stages.run("tools", || {
-        guest::host::need(&["iasl", "lstopo-no-graphics"])?;
+        guest::host::need(&["iasl", "lspci", "lstopo-no-graphics"])?;
         Ok(Outcome::Passed)
     })?;
     stages.run("format", || unless_picked(&|| check("fmt --all --check")))?;
@@ -93,7 +93,7 @@ fn all(
         unless_picked(&|| check("clippy --workspace --all-targets -- -D warnings"))
     })?;
     // Tests start programs of the workspace that are not of their own package.
-    stages.run("build", || check("build --workspace --bins"))?;
+    stages.run("build", || check("build --workspace --bins --examples"))?;
     stages.run("kvm", || Ok(kvm()))?;
     let dir = dir.unwrap_or_default();
     stages.run("tests", || {

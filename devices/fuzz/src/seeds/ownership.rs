@@ -62,7 +62,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
                     command(0, 0, 3, 3, 4),
                     release(0, 3),
                     fill(0, 0, 4, 0x44),
-                    command(0, 0, 4, 4, 0),
+                    command(0, 0, 5, 4, 0),
                     A::Command {
                         gpu: 0,
                         partition: 0,
@@ -95,7 +95,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
                     partition: 0,
                     how: 0,
                 },
-                command(0, 0, 4, 1, 1),
+                command(0, 0, 5, 1, 1),
                 claim(0, 1),
                 A::Detach { gpu: 0 },
                 claim(0, 1),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use numagpu_topology::linux::BootPath;
+use numagpu_vmm_glue::control::Fault;
 
 /// GPUs whose HBM is coherent memory of a virtual machine.
 #[derive(Parser)]
@@ -25,8 +26,12 @@ pub enum Command {
     Serve(ServeArgs),
     /// Boot a Linux guest with a machine's GPUs and show what it sees beside what was planned.
     Run(RunArgs),
+    /// Show what the GPUs of a running instance are doing.
+    Status(StatusArgs),
+    /// Make a fault happen in a running instance.
+    Inject(InjectArgs),
     /// Print the JSON Schema of a machine description, for editors and programs that write one.
-    Schema,
+    Schema(SchemaArgs),
     /// Print a shell's completions.
     Completions {
         /// Which shell.
@@ -34,6 +39,47 @@ pub enum Command {
     },
     /// Print the manual page.
     Man,
+}
+
+/// A kind of file.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum FileKind {
+    /// A machine description.
+    Machine,
+    /// A scenario, for `serve` and `run`.
+    Scenario,
+}
+
+/// Arguments of `schema`.
+#[derive(clap::Args)]
+pub struct SchemaArgs {
+    /// Of what.
+    #[arg(value_enum, default_value = "machine")]
+    pub of: FileKind,
+}
+
+/// Arguments of `status`.
+#[derive(clap::Args)]
+pub struct StatusArgs {
+    /// Control socket, or the directory that has it; without it, the one running instance of this user.
+    pub path: Option<PathBuf>,
+    /// Print one JSON object with all there is.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `inject`.
+#[derive(clap::Args)]
+#[command(subcommand_value_name = "FAULT", subcommand_help_heading = "Faults")]
+pub struct InjectArgs {
+    /// Control socket, or the directory that has it; without it, the one running instance of this user.
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+    /// Index of the GPU.
+    pub gpu: u32,
+    /// Which fault.
+    #[command(subcommand)]
+    pub fault: Fault,
 }
 
 /// Outputs of a plan.
@@ -96,6 +142,17 @@ impl Boot {
     }
 }
 
+/// What the GPUs' time stamps mean.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Timing {
+    /// The host's time
+    Off,
+    /// What the machine's bandwidths and latencies give
+    Modelled,
+    /// The same, and work takes that long
+    Paced,
+}
+
 /// Which machine.
 #[derive(clap::Args)]
 pub struct MachineArgs {
@@ -105,6 +162,9 @@ pub struct MachineArgs {
     /// (1 GiB if there is only one). Nodes, distances, links and HBM that is not RAM stay.
     #[arg(long)]
     pub small: bool,
+    /// What the GPUs' time stamps mean, instead of what the description says.
+    #[arg(long, value_enum, value_name = "MODE")]
+    pub timing: Option<Timing>,
 }
 
 /// Arguments of `plan`.
@@ -141,6 +201,9 @@ pub struct ServeArgs {
     /// by which the VMM opens it.
     #[arg(long, value_name = "DIR")]
     pub hbm_dir: Option<PathBuf>,
+    /// TOML file of faults that come by themselves.
+    #[arg(long, value_name = "FILE")]
+    pub scenario: Option<PathBuf>,
 }
 
 /// Arguments of `run`.
@@ -187,6 +250,9 @@ pub struct RunArgs {
     /// Write the guest's report as JSON.
     #[arg(long, value_name = "PATH")]
     pub report: Option<PathBuf>,
+    /// TOML file of faults that come by themselves.
+    #[arg(long, value_name = "FILE")]
+    pub scenario: Option<PathBuf>,
     /// Print QEMU's command line and start nothing.
     #[arg(long)]
     pub dry_run: bool,

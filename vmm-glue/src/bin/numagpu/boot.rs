@@ -105,6 +105,7 @@ fn options(args: &RunArgs) -> anyhow::Result<Options> {
         append: args.append.clone(),
         accel: args.accel.clone(),
         hbm_dir: args.hbm_dir.clone(),
+        scenario: None,
         qemu_arguments: args.qemu_arguments.clone(),
         console: args.console.clone(),
         timeout: Duration::from_secs(args.timeout),
@@ -114,7 +115,11 @@ fn options(args: &RunArgs) -> anyhow::Result<Options> {
 /// Boots, compares, says how it went.
 pub fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     let plan = machine::load(&args.machine)?;
-    let options = options(args)?;
+    let scenario = machine::scenario(args.scenario.as_deref(), &plan)?;
+    let options = Options {
+        scenario,
+        ..options(args)?
+    };
     warn(&plan, &predict(&plan, options.boot));
     if args.verify && !options.agent {
         return Err(Failure::Input(anyhow!(

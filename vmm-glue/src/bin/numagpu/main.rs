@@ -2,6 +2,7 @@
 
 mod args;
 mod boot;
+mod control;
 mod machine;
 mod serve;
 
@@ -20,8 +21,9 @@ use numagpu_topology::{
     Plan, Prediction, acpi, cloud_hypervisor, linux, memory_map, predict, preset, qemu, render,
     schema,
 };
+use numagpu_vmm_glue::scenario;
 
-use args::{Args, Command, Format, PlanArgs};
+use args::{Args, Command, FileKind, Format, PlanArgs};
 
 /// What ends the program.
 enum Failure {
@@ -58,7 +60,9 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan(&args),
         Command::Serve(args) => serve::serve(&args),
         Command::Run(args) => boot::run(&args),
-        Command::Schema => print_schema(),
+        Command::Status(args) => control::status(&args),
+        Command::Inject(args) => control::inject(&args),
+        Command::Schema(args) => print_schema(args.of),
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Args::command(), "numagpu", &mut text);
@@ -253,8 +257,12 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn print_schema() -> Result<ExitCode, Failure> {
-    print(schema::text()?.as_bytes())?;
+fn print_schema(of: FileKind) -> Result<ExitCode, Failure> {
+    let text = match of {
+        FileKind::Machine => schema::text()?,
+        FileKind::Scenario => scenario::schema_text()?,
+    };
+    print(text.as_bytes())?;
     Ok(ExitCode::SUCCESS)
 }
 

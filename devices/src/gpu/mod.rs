@@ -7,34 +7,37 @@
 //! leaves as far as this crate goes. `lifecycle` is for attach, detach and reset, which wait for workers; no
 //! BAR access takes it. Register reads take no lock at all.
 
+mod lifecycle;
+mod pages;
+mod read;
+
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use numagpu_spec::regs::{
-    self, BOOT_START, BootState, Caps, LINK_PEER_CPU, NO_PXM, QUEUE_ENABLE, QUEUE_RESET, boot,
-    clock, identity, irq, link, partition, queue, topology,
-};
-use numagpu_spec::{pci, table::Block};
+use numagpu_spec::pci;
+use numagpu_spec::regs::{self, BootState, LinkState, QUEUE_ENABLE, QUEUE_RESET, partition, queue};
 
+use self::pages::{DoorbellPage, MsixPage};
 use crate::aperture::Aperture;
 use crate::boot::Boot;
 use crate::bus::{Attachment, FunctionLayout, PciFunction, ResetKind};
 use crate::config::{GpuConfig, GpuError};
-use crate::config_space::{CONFIG_SIZE, ConfigSpace};
+use crate::config_space::{CONFIG_SIZE, Capabilities, ConfigSpace, MsixPlace};
 use crate::engine::Reach;
 use crate::fabric::{Fabric, LinkEnd, Member, Place};
+use crate::health::{Health, HealthStatus};
+use crate::inject::{Flap, Presence};
 use crate::irq::Irq;
+use crate::modes::Modes;
 use crate::ownership::{Circumstances, Event};
 use crate::partition::{Partition, PartitionStatus};
+use crate::priority::Priorities;
 use crate::queue::{Queue, QueueStatus, Setup};
-use crate::registers::{RegisterAt, RegisterDevice, RegisterFile, RegisterMap, TableError};
+use crate::registers::{RegisterFile, RegisterMap, TableError};
 use crate::scrub::Scrubber;
-
-/// How long a reset waits for scrubs, so that small HBM is free when it returns. Longer scrubs go on behind it
-/// and show as RELEASING.
-const SCRUB_WAIT: Duration = Duration::from_millis(5);
+use crate::ticker::Ticker;
+use crate::timing::Timing;
 
 type Map = LazyLock<Result<RegisterMap, TableError>>;
 static REGISTERS: Map = LazyLock::new(|| RegisterMap::new(regs::BLOCKS, pci::BAR_REGISTERS_SIZE));
@@ -47,10 +50,16 @@ static MSIX: Map = LazyLock::new(|| RegisterMap::new(&[pci::msix::BLOCK], pci::B
 pub struct LinkStatus {
     /// Hive position of the peer; `None` is the CPU.
     pub peer: Option<u32>,
-    /// Whether it carries traffic.
-    pub up: bool,
+    /// Whether all its lanes carry traffic, some or none.
+    pub state: LinkState,
+    /// Lanes that carry traffic.
+    pub lanes: u32,
     /// Errors since reset.
     pub errors: u32,
+    /// Bytes that left through it since reset.
+    pub bytes_out: u64,
+    /// Bytes that came through it since reset.
+    pub bytes_in: u64,
 }
 
 /// Snapshot of a GPU.
@@ -68,39 +77,50 @@ pub struct GpuStatus {
     pub queues: Vec<QueueStatus>,
     /// Links.
     pub links: Vec<LinkStatus>,
+    /// Memory errors.
+    pub health: HealthStatus,
+    /// Whether the function answers on the bus.
+    pub present: bool,
     /// MSI-X messages sent since reset.
     pub interrupts: u64,
+    /// Causes of interrupts since power-on, whether a message was sent or not.
+    pub causes: u64,
 }
 
 /// A GPU.
 pub struct Gpu {
     // Runtime glue.
-    fabric: Arc<Fabric>,
-    member: Arc<Member>,
+    pub(crate) fabric: Arc<Fabric>,
+    pub(crate) member: Arc<Member>,
     aperture: Option<Aperture>,
     attachment: Mutex<Option<Attachment>>,
-    irq: Arc<Irq>,
+    pub(crate) irq: Arc<Irq>,
     scrubber: Scrubber,
+    pub(crate) ticker: Ticker,
     // Static configuration.
     config: GpuConfig,
     layout: FunctionLayout,
     // Volatile state.
-    lifecycle: Mutex<()>,
+    pub(crate) lifecycle: Mutex<()>,
     judging: Mutex<()>,
     config_space: Mutex<ConfigSpace>,
     dma_allowed: Arc<AtomicBool>,
-    registers: Arc<RegisterFile<'static>>,
+    pub(crate) registers: Arc<RegisterFile<'static>>,
     doorbells: RegisterFile<'static>,
     msix: RegisterFile<'static>,
-    boot: Boot,
-    queues: Vec<Queue>,
+    pub(crate) boot: Boot,
+    pub(crate) health: Arc<Health>,
+    pub(crate) presence: Presence,
+    pub(crate) flaps: Mutex<Vec<Flap>>,
+    pub(crate) queues: Vec<Queue>,
 }
 
 fn map(map: &'static Map) -> Result<&'static RegisterMap, GpuError> {
     map.as_ref().map_err(|error| GpuError::Table(*error))
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Locks, whatever became of who had it before.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -112,6 +132,11 @@ impl Gpu {
     pub fn new(config: GpuConfig, fabric: Arc<Fabric>) -> Result<Arc<Gpu>, GpuError> {
         config.check()?;
         let bars = config.bars();
+        let capabilities = Capabilities {
+            msix: Some(MsixPlace::GPU),
+            resizable: config.resizable(),
+            ats: false,
+        };
         let registers = Arc::new(RegisterFile::new(map(&REGISTERS)?));
         let doorbells = RegisterFile::new(map(&DOORBELLS)?);
         let msix = RegisterFile::new(map(&MSIX)?);
@@ -120,41 +145,48 @@ impl Gpu {
         } else {
             config.node_id
         };
-        let partitions = config.partitions.iter();
+        let health = Arc::new(Health::default());
+        let bus_master = Arc::new(AtomicBool::new(false));
+        let irq = Arc::new(Irq::new(Arc::clone(&registers), Arc::clone(&bus_master)));
         let member = Arc::new(Member {
             place: Place {
                 hive: config.hive_id,
                 node,
             },
-            partitions: partitions
-                .map(|p| Arc::new(Partition::new(p, config.aperture.is_some())))
-                .collect(),
-            links: config.links.iter().map(|l| LinkEnd::new(l.peer)).collect(),
+            modes: Modes::new(&config.partitions, config.aperture.is_some(), &health),
+            links: config.links.iter().map(LinkEnd::new).collect(),
+            irq: Arc::clone(&irq),
         });
         fabric.join(Arc::clone(&member))?;
-        let irq = Arc::new(Irq::new(Arc::clone(&registers)));
-        let aperture = config.aperture.map(|_| Aperture::new(&member.partitions));
-        Ok(Arc::new(Gpu {
+        let aperture = config
+            .aperture
+            .map(|_| Aperture::new(member.modes.planned()));
+        let priorities = Arc::new(Priorities::default());
+        Ok(Arc::new_cyclic(|myself| Gpu {
             fabric,
             member,
             aperture,
             attachment: Mutex::new(None),
             scrubber: Scrubber::new(Arc::clone(&irq), Arc::clone(&config.clock)),
+            ticker: Ticker::new(myself.clone()),
             lifecycle: Mutex::new(()),
             judging: Mutex::new(()),
-            config_space: Mutex::new(ConfigSpace::new(&config.ids, &bars)),
+            config_space: Mutex::new(ConfigSpace::new(&config.ids, &bars, &capabilities)),
             layout: FunctionLayout {
                 bars,
                 config_size: u32::try_from(CONFIG_SIZE).unwrap_or(4096),
                 msix_vectors: pci::VECTOR_COUNT,
             },
-            dma_allowed: Arc::new(AtomicBool::new(false)),
+            dma_allowed: bus_master,
             registers,
             doorbells,
             msix,
             boot: Boot::new(config.boot_delay, config.boot_fault),
+            health,
+            presence: Presence::default(),
+            flaps: Mutex::default(),
             queues: (0..config.queues)
-                .map(|index| Queue::new(index, Arc::clone(&irq)))
+                .map(|index| Queue::new(index, Arc::clone(&irq), Arc::clone(&priorities)))
                 .collect(),
             irq,
             config,
@@ -171,21 +203,40 @@ impl Gpu {
         &self.fabric
     }
 
+    /// Whether a VMM is connected.
+    pub fn is_attached(&self) -> bool {
+        lock(&self.attachment).is_some()
+    }
+
     /// Snapshot for people and tests; the values may come from neighbouring moments.
     pub fn status(&self) -> GpuStatus {
         GpuStatus {
             index: self.config.index,
-            attached: lock(&self.attachment).is_some(),
+            attached: self.is_attached(),
             boot: self.boot.state(self.now()),
-            partitions: self.member.partitions.iter().map(|p| p.status()).collect(),
+            partitions: self.partitions().iter().map(|p| p.status()).collect(),
             queues: self.queues.iter().map(Queue::status).collect(),
             links: self.member.links.iter().map(link_status).collect(),
+            health: self.health.status(),
+            present: self.is_present(),
             interrupts: self.irq.raised(),
+            causes: self.irq.causes(),
         }
     }
 
-    fn now(&self) -> u64 {
+    /// The HBM partitions of the mode in force.
+    pub(crate) fn partitions(&self) -> &[Arc<Partition>] {
+        self.member.modes.active()
+    }
+
+    pub(crate) fn now(&self) -> u64 {
         self.config.clock.now_ns()
+    }
+
+    /// Whether the function answers on the bus: it was not removed, and is not stuck in a reset.
+    fn is_present(&self) -> bool {
+        // The clock is read only where something is wrong.
+        self.presence.is_always() || self.presence.is_at(self.now())
     }
 
     fn is_ready(&self) -> bool {
@@ -196,62 +247,8 @@ impl Gpu {
         self.aperture.as_ref().filter(|_| bar == pci::BAR_APERTURE)
     }
 
-    fn judge_coherence(&self) {
-        // One at a time, so that the last answer is the newest.
-        let _one = lock(&self.judging);
-        let dma = lock(&self.attachment).as_ref().map(|a| Arc::clone(&a.dma));
-        for partition in &self.member.partitions {
-            partition.judge_coherence(dma.as_deref());
-        }
-    }
-
-    /// The body of a reset, under `lifecycle`.
-    fn reset_function(&self, kind: ResetKind) {
-        let Gpu {
-            fabric: _,
-            member,
-            aperture: _,
-            attachment: _,
-            irq: _,
-            scrubber,
-            config: _,
-            layout: _,
-            lifecycle: _,
-            judging: _,
-            config_space,
-            dma_allowed,
-            registers,
-            doorbells,
-            msix,
-            boot,
-            queues,
-        } = self;
-        // First, so that no queue is enabled and no partition claimed behind its own reset.
-        boot.reset();
-        {
-            let mut space = lock(config_space);
-            space.reset();
-            dma_allowed.store(space.dma_allowed(), Ordering::SeqCst);
-        }
-        queues.iter().for_each(Queue::reset);
-        registers.reset();
-        doorbells.reset();
-        msix.reset();
-        member.links.iter().for_each(LinkEnd::clear_errors);
-        let event = match kind {
-            ResetKind::Function => Event::FunctionReset,
-            ResetKind::Disconnect => Event::Disconnect,
-        };
-        for partition in &member.partitions {
-            let duty = partition.incident(event, self.now());
-            scrubber.settle(partition, duty);
-        }
-        // Whether it was enough shows in PARTITION.STATE.
-        let _all_free = scrubber.wait(SCRUB_WAIT);
-    }
-
     fn command(&self, index: u32) {
-        let Some(target) = self.member.partitions.get(index as usize) else {
+        let Some(target) = self.partitions().get(index as usize) else {
             return;
         };
         // Each command consumes what it was given: the next driver has to bring its own tokens.
@@ -263,14 +260,24 @@ impl Gpu {
         let command = take(&partition::COMMAND);
         let (token, new_token) = (take(&partition::TOKEN), take(&partition::NEW_TOKEN));
         let command = u32::try_from(command).unwrap_or(0);
+        let lease_ms = self
+            .registers
+            .get(&partition::BLOCK, index, &partition::LEASE_MS);
+        let lease_ms = u32::try_from(lease_ms).unwrap_or(0);
         let with = || Circumstances {
             token,
             new_token,
+            lease_ms,
             ready: self.is_ready(),
             coherent: target.is_attached(),
         };
+        // A lease that is over at this moment is over for this command.
+        self.scrubber.settle(target, target.expire(self.now()));
         let duty = target.command(command, with, self.now());
         self.scrubber.settle(target, duty);
+        if target.lease_end().is_some() {
+            self.ticker.wake();
+        }
     }
 
     fn control_queue(&self, index: u32, value: u64) {
@@ -308,6 +315,7 @@ impl Gpu {
             ring_base: get(&queue::RING_BASE),
             ring_size: u32::try_from(get(&queue::RING_SIZE)).unwrap_or(0),
             writeback: get(&queue::RPTR_WRITEBACK),
+            priority: u32::try_from(get(&queue::PRIORITY)).unwrap_or(0),
             reach: Reach {
                 place: self.member.place,
                 token: get(&queue::TOKEN),
@@ -315,104 +323,12 @@ impl Gpu {
                 dma: attachment.as_ref().map(|a| Arc::clone(&a.dma)),
                 dma_allowed: Arc::clone(&self.dma_allowed),
                 clock: Arc::clone(&self.config.clock),
+                timing: Timing {
+                    mode: self.config.timing,
+                    hbm_bandwidth_mbs: self.config.hbm_bandwidth_mbs,
+                    hbm_latency_ns: self.config.hbm_latency_ns,
+                },
             },
-        }
-    }
-
-    fn read_identity(&self, offset: u32, stored: u64) -> u64 {
-        let config = &self.config;
-        match offset {
-            o if o == identity::CAPS.offset => {
-                let mut caps = Caps::empty();
-                let has_hbm = !config.partitions.is_empty();
-                let is_coherent = config.aperture.is_none_or(|it| it.coherent);
-                caps.set(Caps::COHERENT_HBM, has_hbm && is_coherent);
-                caps.set(Caps::HBM_APERTURE, config.aperture.is_some());
-                caps.set(Caps::PEER_COPY, config.hive_id != 0 && config.hive_size > 1);
-                caps.bits()
-            }
-            o if o == identity::GPU_INDEX.offset => config.index.into(),
-            o if o == identity::PARTITION_COUNT.offset => self.member.partitions.len() as u64,
-            o if o == identity::QUEUE_COUNT.offset => config.queues.into(),
-            o if o == identity::VECTOR_COUNT.offset => pci::VECTOR_COUNT.into(),
-            _ => stored,
-        }
-    }
-
-    fn read_boot(&self, offset: u32, stored: u64) -> u64 {
-        match offset {
-            o if o == boot::STATUS.offset => self.boot.state(self.now()).code().into(),
-            o if o == boot::FAULT.offset => self.boot.fault(self.now()).into(),
-            o if o == boot::DELAY_US.offset => self.boot.delay_us().into(),
-            _ => stored,
-        }
-    }
-
-    fn read_topology(&self, offset: u32, stored: u64) -> u64 {
-        let config = &self.config;
-        match offset {
-            o if o == topology::HIVE_ID.offset => config.hive_id,
-            o if o == topology::NODE_ID.offset => config.node_id.into(),
-            o if o == topology::HIVE_SIZE.offset => config.hive_size.into(),
-            o if o == topology::CPU_PXM.offset => config.cpu_pxm.into(),
-            o if o == topology::LINK_COUNT.offset => config.links.len() as u64,
-            _ => stored,
-        }
-    }
-
-    fn read_link(&self, instance: u32, offset: u32) -> u64 {
-        let index = instance as usize;
-        let both = (self.config.links.get(index), self.member.links.get(index));
-        let (Some(config), Some(end)) = both else {
-            return 0;
-        };
-        match offset {
-            o if o == link::PEER.offset => config.peer.unwrap_or(LINK_PEER_CPU).into(),
-            o if o == link::STATE.offset => {
-                if end.is_up() {
-                    1
-                } else {
-                    2
-                }
-            }
-            o if o == link::WIDTH.offset => config.width.into(),
-            o if o == link::BANDWIDTH_MBS.offset => config.bandwidth_mbs.into(),
-            o if o == link::LATENCY_NS.offset => config.latency_ns.into(),
-            o if o == link::ERRORS.offset => end.errors().into(),
-            _ => 0,
-        }
-    }
-
-    fn read_partition(&self, instance: u32, offset: u32, stored: u64) -> u64 {
-        let Some(target) = self.member.partitions.get(instance as usize) else {
-            return 0;
-        };
-        match offset {
-            o if o == partition::HBM_BASE.offset => target.base(),
-            o if o == partition::HBM_SIZE.offset => target.size(),
-            o if o == partition::PXM.offset => target.pxm().unwrap_or(NO_PXM).into(),
-            o if o == partition::COHERENCE.offset => target.coherence_code().into(),
-            o if o == partition::STATE.offset => target.state_code().into(),
-            o if o == partition::GENERATION.offset => target.generation().into(),
-            o if o == partition::RESULT.offset => target.result_code().into(),
-            _ => stored,
-        }
-    }
-
-    fn read_queue(&self, instance: u32, offset: u32, stored: u64) -> u64 {
-        let Some(target) = self.queues.get(instance as usize) else {
-            return 0;
-        };
-        let status = target.status();
-        match offset {
-            o if o == queue::RPTR.offset => status.rptr,
-            o if o == queue::WPTR.offset => status.wptr,
-            o if o == queue::STATUS.offset => status.state.code().into(),
-            o if o == queue::FAULT_CODE.offset => status.fault.code().into(),
-            o if o == queue::FAULT_ADDR.offset => status.fault_address,
-            o if o == queue::FAULT_PACKET.offset => status.fault_packet,
-            o if o == queue::PACKETS.offset => status.packets,
-            _ => stored,
         }
     }
 }
@@ -420,8 +336,11 @@ impl Gpu {
 fn link_status(end: &LinkEnd) -> LinkStatus {
     LinkStatus {
         peer: end.peer,
-        up: end.is_up(),
+        state: end.state(),
+        lanes: end.lanes(),
         errors: end.errors(),
+        bytes_out: end.bytes_out(),
+        bytes_in: end.bytes_in(),
     }
 }
 
@@ -431,84 +350,6 @@ impl Drop for Gpu {
         self.fabric.leave(self.member.place);
     }
 }
-
-impl RegisterDevice for Gpu {
-    fn read(&self, at: RegisterAt, stored: u64) -> u64 {
-        let offset = at.reg.offset;
-        match at.block {
-            identity::BASE => self.read_identity(offset, stored),
-            boot::BASE => self.read_boot(offset, stored),
-            irq::BASE => stored,
-            clock::BASE => self.now(),
-            topology::BASE => self.read_topology(offset, stored),
-            link::BASE => self.read_link(at.instance, offset),
-            partition::BASE => self.read_partition(at.instance, offset, stored),
-            queue::BASE => self.read_queue(at.instance, offset, stored),
-            _ => 0,
-        }
-    }
-
-    fn written(&self, at: RegisterAt, value: u64, _lanes: u64) {
-        match at.block {
-            boot::BASE if value & u64::from(BOOT_START) != 0 => self.boot.start(self.now()),
-            partition::BASE => self.command(at.instance),
-            queue::BASE => self.control_queue(at.instance, value),
-            _ => {}
-        }
-    }
-}
-
-/// The doorbell page: writes that touch the low half of a doorbell ring it.
-struct DoorbellPage<'g>(&'g Gpu);
-
-impl RegisterDevice for DoorbellPage<'_> {
-    fn read(&self, _at: RegisterAt, _stored: u64) -> u64 {
-        0
-    }
-
-    fn written(&self, at: RegisterAt, value: u64, lanes: u64) {
-        if lanes & 0xffff_ffff != 0
-            && let Some(target) = self.0.queues.get(at.instance as usize)
-        {
-            target.doorbell(value);
-        }
-    }
-}
-
-/// The MSI-X table: plain storage, for VMMs that keep theirs here.
-struct MsixPage;
-
-impl RegisterDevice for MsixPage {
-    fn read(&self, _at: RegisterAt, stored: u64) -> u64 {
-        stored
-    }
-
-    fn written(&self, _at: RegisterAt, _value: u64, _lanes: u64) {}
-}
-
-/// Whether a block of the spec is one that [`Gpu`] serves; keeps the `match` of reads complete.
-const fn is_served(block: &Block) -> bool {
-    matches!(
-        block.base,
-        identity::BASE
-            | boot::BASE
-            | irq::BASE
-            | clock::BASE
-            | topology::BASE
-            | link::BASE
-            | partition::BASE
-            | queue::BASE
-    )
-}
-
-#[allow(clippy::indexing_slicing, reason = "runs at compile time")]
-const _: () = {
-    let mut i = 0;
-    while i < regs::BLOCKS.len() {
-        assert!(is_served(&regs::BLOCKS[i]), "every block is served");
-        i += 1;
-    }
-};
 
 impl PciFunction for Gpu {
     fn layout(&self) -> &FunctionLayout {
@@ -539,23 +380,36 @@ impl PciFunction for Gpu {
     }
 
     fn config_read(&self, offset: u32, data: &mut [u8]) {
+        if !self.is_present() {
+            return data.fill(0xff);
+        }
         lock(&self.config_space).read(offset, data);
     }
 
     fn config_write(&self, offset: u32, data: &[u8]) {
-        let effects = {
+        if !self.is_present() {
+            return;
+        }
+        let (effects, master_off) = {
             let mut space = lock(&self.config_space);
+            let was_master = space.bus_master();
             let effects = space.write(offset, data);
             self.dma_allowed
                 .store(space.dma_allowed(), Ordering::SeqCst);
-            effects
+            (effects, was_master && !space.bus_master())
         };
+        if master_off {
+            self.lose(Event::BusMasterOff);
+        }
         if effects.function_reset {
             self.reset(ResetKind::Function);
         }
     }
 
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        if !self.is_present() {
+            return data.fill(0xff);
+        }
         match bar {
             pci::BAR_REGISTERS => self.registers.read(self, offset, data),
             pci::BAR_DOORBELLS => self.doorbells.read(&DoorbellPage(self), offset, data),
@@ -568,6 +422,9 @@ impl PciFunction for Gpu {
     }
 
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
+        if !self.is_present() {
+            return;
+        }
         match bar {
             pci::BAR_REGISTERS => self.registers.write(self, offset, data),
             pci::BAR_DOORBELLS => self.doorbells.write(&DoorbellPage(self), offset, data),

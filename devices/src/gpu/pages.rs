@@ -1,0 +1,32 @@
+//! The doorbell page and the MSI-X page.
+
+use super::Gpu;
+use crate::registers::{RegisterAt, RegisterDevice};
+
+/// The doorbell page: writes that touch the low half of a doorbell ring it.
+pub(super) struct DoorbellPage<'g>(pub(super) &'g Gpu);
+
+impl RegisterDevice for DoorbellPage<'_> {
+    fn read(&self, _at: RegisterAt, _stored: u64) -> u64 {
+        0
+    }
+
+    fn written(&self, at: RegisterAt, value: u64, lanes: u64) {
+        if lanes & 0xffff_ffff != 0
+            && let Some(target) = self.0.queues.get(at.instance as usize)
+        {
+            target.doorbell(value);
+        }
+    }
+}
+
+/// The MSI-X table: plain storage, for VMMs that keep theirs here.
+pub(super) struct MsixPage;
+
+impl RegisterDevice for MsixPage {
+    fn read(&self, _at: RegisterAt, stored: u64) -> u64 {
+        stored
+    }
+
+    fn written(&self, _at: RegisterAt, _value: u64, _lanes: u64) {}
+}
