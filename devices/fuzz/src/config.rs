@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 
 use numagpu_devices::bus::{PciFunction, ResetKind};
-use numagpu_devices::config_space::{CAP_PCIE, CAP_PM, CONFIG_SIZE};
+use numagpu_devices::config_space::{CAP_AER, CAP_PCIE, CAP_PM, CONFIG_SIZE};
 use numagpu_spec::pci;
 use numagpu_spec::regs::{QueueFault, QueueState};
 
@@ -50,6 +50,8 @@ const SPOTS: [u64; 16] = [
 const COMMAND: usize = 0x04;
 const BAR0: usize = 0x10;
 const FLR: usize = CAP_PCIE as usize + 9;
+/// The registers of the AER capability (PCIe Base 6.0 section 7.8.4).
+const ERRORS: std::ops::Range<usize> = CAP_AER as usize..CAP_AER as usize + 0x2c;
 const POWER: usize = CAP_PM as usize + 4;
 
 /// What the space holds, and how it changes.
@@ -79,7 +81,7 @@ impl Model {
                 *mask |= (seen[0] ^ seen[1]) & 0x80;
             }
         }
-        gpu.reset(ResetKind::Function);
+        gpu.reset(ResetKind::Disconnect);
         let model = Model {
             reset,
             writable,
@@ -117,9 +119,18 @@ impl Model {
             self.now[POWER] = self.now[POWER] & !3 | power;
         }
         if flr {
-            self.now = self.reset;
+            self.reset(false);
         }
         flr
+    }
+
+    /// Error reporting survives all but power-on.
+    fn reset(&mut self, power_on: bool) {
+        let mut after = self.reset;
+        if !power_on {
+            after[ERRORS].copy_from_slice(&self.now[ERRORS]);
+        }
+        self.now = after;
     }
 
     fn dma_allowed(&self) -> bool {
@@ -206,7 +217,7 @@ impl Play<'_> {
                 } else {
                     ResetKind::Function
                 });
-                self.model.now = self.model.reset;
+                self.model.reset(disconnect);
                 self.was_reset();
             }
         }

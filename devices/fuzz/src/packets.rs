@@ -367,7 +367,18 @@ impl Play<'_> {
                 machine.gpus[gpu].dma_changed();
             }
             Action::Link { up } => machine.set_link(up),
-            Action::BusMaster { gpu, on } => machine.set_bus_master(usize::from(gpu) % GPUS, on),
+            Action::BusMaster { gpu, on } => {
+                let gpu = usize::from(gpu) % GPUS;
+                // As with a reset: clearing it takes partitions from their owners.
+                if gpu != FOREIGN.0 {
+                    machine.set_bus_master(gpu, on);
+                    machine.wait_scrubbed(gpu, 0);
+                    if on {
+                        // Refused where it still has it, or is not mapped.
+                        let _result = machine.claim(gpu, 0, TOKEN);
+                    }
+                }
+            }
             Action::Reset { gpu } => {
                 // Only of GPU 0: on the other one it would take the foreign owner's partition.
                 let gpu = usize::from(gpu) % GPUS;
