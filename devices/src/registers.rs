@@ -221,6 +221,24 @@ impl<'m> RegisterFile<'m> {
 
     /// Reads `data.len()` bytes from `offset`; bytes that no register has are zero.
     pub fn read(&self, device: &impl RegisterDevice, offset: u64, data: &mut [u8]) {
+        // Nearly all accesses are of one whole register.
+        if let Some((number, slot)) = self.map.find(offset)
+            && slot.start == offset
+        {
+            if slot.at.reg.width == Width::W4
+                && let Ok(word) = <&mut [u8; 4]>::try_from(&mut *data)
+            {
+                let [a, b, c, d, ..] = self.shown(device, number, slot).to_le_bytes();
+                *word = [a, b, c, d];
+                return;
+            }
+            if slot.at.reg.width == Width::W8
+                && let Ok(words) = <&mut [u8; 8]>::try_from(&mut *data)
+            {
+                *words = self.shown(device, number, slot).to_le_bytes();
+                return;
+            }
+        }
         data.fill(0);
         let mut done = 0;
         while let Some(position) = self.inside(offset, done) {
@@ -231,19 +249,9 @@ impl<'m> RegisterFile<'m> {
                 done += to_next_word(position);
                 continue;
             };
-            let reg = slot.at.reg;
-            let value = if reg.hidden {
-                0
-            } else {
-                let stored = self.values.get(number);
-                device.read(
-                    slot.at,
-                    stored.map_or(0, |cell| cell.load(Ordering::Acquire)),
-                )
-            };
             let first = first_byte(slot, position);
-            let bytes = value.to_le_bytes();
-            let source = bytes.get(first..width(reg)).unwrap_or(&[]);
+            let bytes = self.shown(device, number, slot).to_le_bytes();
+            let source = bytes.get(first..width(slot.at.reg)).unwrap_or(&[]);
             for (to, from) in rest.iter_mut().zip(source) {
                 *to = *from;
             }
@@ -251,8 +259,34 @@ impl<'m> RegisterFile<'m> {
         }
     }
 
+    /// Value that a read of a register shows.
+    fn shown(&self, device: &impl RegisterDevice, number: usize, slot: &Slot) -> u64 {
+        if slot.at.reg.hidden {
+            return 0;
+        }
+        let stored = self.values.get(number);
+        device.read(
+            slot.at,
+            stored.map_or(0, |cell| cell.load(Ordering::Acquire)),
+        )
+    }
+
     /// Writes `data` at `offset`; bytes that no register has are dropped.
     pub fn write(&self, device: &impl RegisterDevice, offset: u64, data: &[u8]) {
+        // As for reads.
+        if let Some((number, slot)) = self.map.find(offset)
+            && slot.start == offset
+        {
+            let mask = slot.at.reg.width.mask();
+            let value = match (slot.at.reg.width, data) {
+                (Width::W4, &[a, b, c, d]) => Some(u32::from_le_bytes([a, b, c, d]).into()),
+                (Width::W8, data) => data.try_into().ok().map(u64::from_le_bytes),
+                _ => None,
+            };
+            if let Some(value) = value {
+                return self.write_register(device, number, slot.at, value, mask);
+            }
+        }
         let mut done = 0;
         while let Some(position) = self.inside(offset, done) {
             let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) else {
