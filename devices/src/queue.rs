@@ -5,7 +5,7 @@
 //! holds while memory moves. Each run of a queue has an epoch; a stop ends the epoch, and what a worker of an
 //! ended epoch still wants to publish is dropped.
 //!
-//! A pause ([`Queue::hold`]) is no stop: the worker leaves its run between two packets, drivers see no change, and when
+//! A pause (`Queue::hold`) is no stop: the worker leaves its run between two packets, drivers see no change, and when
 //! the pause ends the worker takes the same run again.
 
 mod state;
