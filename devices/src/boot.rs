@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use numagpu_spec::regs::BootState;
 
+use crate::state::{BootProgress, NextBoot, SavedBoot};
+
 /// Value of `Boot::ready_at` before START.
 const NOT_STARTED: u64 = u64::MAX;
 /// Value of `Boot::ready_at` for a boot that never ends.
@@ -107,6 +109,41 @@ impl Boot {
         } = self;
         ready_at.store(NOT_STARTED, Ordering::Release);
         fault_now.store(0, Ordering::Release);
+    }
+
+    /// How far it is.
+    pub(crate) fn save(&self) -> SavedBoot {
+        let code = |next| u32::try_from(next).unwrap_or(0);
+        SavedBoot {
+            progress: match self.ready_at.load(Ordering::Acquire) {
+                NOT_STARTED => BootProgress::Reset,
+                NEVER => BootProgress::Never,
+                ready_at => BootProgress::Until(ready_at),
+            },
+            fault: self.fault_now.load(Ordering::Acquire),
+            next: match self.next.load(Ordering::Acquire) {
+                0 => NextBoot::AsConfigured,
+                HANG => NextBoot::Never,
+                next => NextBoot::Fault(code(next)),
+            },
+        }
+    }
+
+    /// As [`Boot::save`] found it.
+    pub(crate) fn restore(&self, saved: &SavedBoot) {
+        let next = match saved.next {
+            NextBoot::AsConfigured => 0,
+            NextBoot::Never => HANG,
+            NextBoot::Fault(code) => code.into(),
+        };
+        self.next.store(next, Ordering::Release);
+        self.fault_now.store(saved.fault, Ordering::Release);
+        let ready_at = match saved.progress {
+            BootProgress::Reset => NOT_STARTED,
+            BootProgress::Never => NEVER,
+            BootProgress::Until(ready_at) => ready_at.min(NEVER),
+        };
+        self.ready_at.store(ready_at, Ordering::Release);
     }
 }
 

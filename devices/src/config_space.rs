@@ -15,6 +15,8 @@
 //! Sources: PCI Local Bus 3.0 chapter 6, PCI Express Base 6.0 sections 7.5, 7.8.4, 7.8.6 and 10.5.1, PCI Power
 //! Management 1.2.
 
+mod state;
+
 use numagpu_spec::pci;
 
 use crate::bus::{Bar, ResetKind};

@@ -42,6 +42,8 @@ pub enum Stop {
     Fault(Fault),
     /// The queue was reset, disabled or detached.
     Halted,
+    /// The queue pauses: what was not finished begins anew when it goes on. Only waits and packet boundaries give it.
+    Held,
 }
 
 impl From<Fault> for Stop {

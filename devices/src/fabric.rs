@@ -240,7 +240,7 @@ impl Fabric {
     }
 
     /// To be called after each change: engines look anew before they touch anything more.
-    fn changed(&self) {
+    pub(crate) fn changed(&self) {
         let mut views = self.views.write().unwrap_or_else(PoisonError::into_inner);
         self.generation.fetch_add(1, Ordering::SeqCst);
         views.clear();

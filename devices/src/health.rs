@@ -10,6 +10,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use numagpu_spec::regs::{MAX_RETIRED, NO_ENTRY, QueueFault, RAS_PAGE, RasKind, RasResult};
 
+use crate::state::{RestoreError, SavedHealth};
+
 /// Bytes of a line: what an error spoils, and what one write has to cover to make it good.
 pub const LINE: u64 = 64;
 /// Lines that can be poisoned at a time.
@@ -217,6 +219,39 @@ impl Health {
         self.result.store(result.code(), Ordering::Release);
     }
 
+    /// All of it.
+    pub(crate) fn save(&self) -> SavedHealth {
+        let bad = self.lock();
+        let (last_address, last_kind) = self.last();
+        SavedHealth {
+            correctable: self.correctable.load(Ordering::Acquire),
+            uncorrectable: self.uncorrectable.load(Ordering::Acquire),
+            last_address,
+            last_kind,
+            result: self.result_code(),
+            poisoned: bad.poisoned.iter().copied().collect(),
+            retired: bad.retired.clone(),
+        }
+    }
+
+    /// As [`Health::save`] found it. The state has passed [`SavedHealth::check`].
+    pub(crate) fn restore(&self, saved: &SavedHealth) {
+        let mut bad = self.lock();
+        bad.poisoned = saved.poisoned.iter().copied().collect();
+        bad.retired.clone_from(&saved.retired);
+        self.publish(&bad);
+        for (cell, value) in [
+            (&self.correctable, saved.correctable),
+            (&self.uncorrectable, saved.uncorrectable),
+            (&self.last_kind, saved.last_kind),
+            (&self.result, saved.result),
+        ] {
+            cell.store(value, Ordering::Release);
+        }
+        self.last_address
+            .store(saved.last_address, Ordering::Release);
+    }
+
     /// A reset of the function: counters begin anew; what is bad stays bad.
     pub(crate) fn reset(&self) {
         let Health {
@@ -231,6 +266,40 @@ impl Health {
         correctable.store(0, Ordering::Release);
         uncorrectable.store(0, Ordering::Release);
         result.store(RasResult::None.code(), Ordering::Release);
+    }
+}
+
+impl SavedHealth {
+    /// Checks all values; `is_hbm` says whether an address is in the GPU's HBM.
+    pub(crate) fn check(&self, is_hbm: impl Fn(u64) -> bool) -> Result<(), RestoreError> {
+        let bad = |what, index, value| RestoreError::Bad { what, index, value };
+        if RasKind::from_code(self.last_kind).is_none() {
+            return Err(bad("LAST_KIND", 0, self.last_kind.into()));
+        }
+        if RasResult::from_code(self.result).is_none() {
+            return Err(bad("RAS.RESULT", 0, self.result.into()));
+        }
+        let (lines, pages) = (self.poisoned.len(), self.retired.len());
+        if lines > MAX_POISONED {
+            return Err(bad("number of poisoned lines", 0, lines as u64));
+        }
+        if pages > MAX_RETIRED as usize {
+            return Err(bad("number of retired pages", 0, pages as u64));
+        }
+        let mut retired = BTreeSet::new();
+        for (index, at) in self.retired.iter().copied().enumerate() {
+            if at != page(at) || !is_hbm(at) || !retired.insert(at) {
+                return Err(bad("retired page", index, at));
+            }
+        }
+        let mut poisoned = BTreeSet::new();
+        for (index, at) in self.poisoned.iter().copied().enumerate() {
+            let is_closed = retired.contains(&page(at));
+            if at != line(at) || !is_hbm(at) || is_closed || !poisoned.insert(at) {
+                return Err(bad("poisoned line", index, at));
+            }
+        }
+        Ok(())
     }
 }
 

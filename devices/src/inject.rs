@@ -146,8 +146,8 @@ pub enum InjectError {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Flap {
     /// When it comes up, in nanoseconds of the device's clock.
-    up_at: u64,
-    peer: u32,
+    pub(crate) up_at: u64,
+    pub(crate) peer: u32,
 }
 
 /// Value of [`Presence`] for a function that is there.
@@ -173,6 +173,18 @@ impl Presence {
     pub(crate) fn is_at(&self, now_ns: u64) -> bool {
         let until = self.absent_until.load(Ordering::Acquire);
         until != GONE && until <= now_ns
+    }
+
+    /// Until when it is absent, and for how long it will be stuck in the next reset.
+    pub(crate) fn save(&self) -> (u64, u64) {
+        let absent_until = self.absent_until.load(Ordering::Acquire);
+        (absent_until, self.stuck_ns.load(Ordering::Acquire))
+    }
+
+    /// As [`Presence::save`] found it.
+    pub(crate) fn restore(&self, absent_until: u64, stuck_ns: u64) {
+        self.stuck_ns.store(stuck_ns, Ordering::Release);
+        self.absent_until.store(absent_until, Ordering::Release);
     }
 
     fn stick(&self, ms: u32) {

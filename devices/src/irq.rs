@@ -101,6 +101,17 @@ impl Irq {
         }
     }
 
+    /// Messages that get lost, and causes since power-on.
+    pub(crate) fn save(&self) -> (u32, u64) {
+        (self.lose.load(Ordering::Acquire), self.causes())
+    }
+
+    /// As [`Irq::save`] found it.
+    pub(crate) fn restore(&self, lose: u32, causes: u64) {
+        self.lose.store(lose, Ordering::Release);
+        self.causes.store(causes, Ordering::Release);
+    }
+
     fn update(&self, reg: &Reg, f: impl FnOnce(&std::sync::atomic::AtomicU64)) {
         if let Some(cell) =
             address(&irq::BLOCK, 0, reg).and_then(|offset| self.registers.cell(offset))

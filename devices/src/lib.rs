@@ -16,6 +16,7 @@
 //! | [`fabric`], [`link`], `route` | peers of a hive, the links to them, the ways over several |
 //! | [`health`], [`inject`] | memory errors and retired pages; faults on demand |
 //! | [`kit`] | a PCI function of one's own out of a register table and one trait |
+//! | [`state`] | all of a GPU but its memory, to save and to restore |
 //! | `modes` | how HBM can be divided into partitions |
 //! | [`memory`] | HBM in the memory of this process |
 //!
@@ -59,6 +60,7 @@ mod ring;
 mod route;
 pub mod scrub;
 mod span;
+pub mod state;
 #[cfg(any(test, feature = "test-support"))]
 pub mod test_support;
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use numagpu_spec::regs::LinkState;
 
 use crate::config::LinkConfig;
+use crate::state::SavedLink;
 
 /// One end of a link, at the GPU whose `LINK` block shows it.
 #[derive(Debug)]
@@ -105,6 +106,25 @@ impl LinkEnd {
             self.errors.fetch_add(1, Ordering::AcqRel);
         }
         before != lanes
+    }
+
+    /// What it carries and what went through it.
+    pub(crate) fn save(&self) -> SavedLink {
+        SavedLink {
+            lanes: self.lanes(),
+            errors: self.errors(),
+            bytes_out: self.bytes_out(),
+            bytes_in: self.bytes_in(),
+        }
+    }
+
+    /// As [`LinkEnd::save`] found it, with its width at most. The fabric has to look anew then.
+    pub(crate) fn restore(&self, saved: &SavedLink) {
+        self.lanes
+            .store(saved.lanes.min(self.width), Ordering::Release);
+        self.errors.store(saved.errors, Ordering::Release);
+        self.bytes_out.store(saved.bytes_out, Ordering::Release);
+        self.bytes_in.store(saved.bytes_in, Ordering::Release);
     }
 
     /// Sets errors and bytes to zero; lanes stay as they are.

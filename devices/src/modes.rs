@@ -84,6 +84,11 @@ impl Modes {
         }
     }
 
+    /// Every mode, and the number of the one in force.
+    pub(crate) fn modes(&self) -> (&[Vec<Arc<Partition>>], usize) {
+        (&self.modes, self.active.load(Ordering::Acquire))
+    }
+
     fn mode(&self, index: usize) -> &[Arc<Partition>] {
         self.modes.get(index).map_or(&[], Vec::as_slice)
     }

@@ -9,6 +9,8 @@ use std::collections::VecDeque;
 pub use numagpu_spec::regs::OwnerEvent as Event;
 use numagpu_spec::regs::{OwnerLoss, OwnerResult, OwnerState};
 
+use crate::state::{RestoreError, SavedPartition};
+
 /// Steps that a partition remembers for a post-mortem.
 pub const HISTORY: usize = 32;
 
@@ -402,6 +404,92 @@ impl Machine {
                 }
             }
         }
+    }
+}
+
+impl Machine {
+    /// All of it but how many scrubs are under way, and `fail_scrub`, which it does not know.
+    pub(crate) fn save(&self) -> SavedPartition {
+        let Machine {
+            state,
+            owner,
+            generation,
+            result,
+            lease_end,
+            loss,
+            lost,
+            scrubs: _,
+            history,
+        } = self;
+        let step = |step: &Step| {
+            let (from, to) = (step.from.code(), step.to.code());
+            (step.at_ns, from, step.event.code(), to)
+        };
+        SavedPartition {
+            state: state.code(),
+            owner: *owner,
+            generation: *generation,
+            result: result.code(),
+            lease_end: *lease_end,
+            loss: loss.code(),
+            lost: *lost,
+            fail_scrub: false,
+            history: history.iter().map(step).collect(),
+        }
+    }
+
+    /// The machine that was saved, as the number `index` of its GPU. If it is RELEASING one scrub is asked for.
+    ///
+    /// # Errors
+    /// [`RestoreError::Bad`] for what no machine gets to.
+    pub(crate) fn restored(saved: &SavedPartition, index: usize) -> Result<Machine, RestoreError> {
+        let bad = |what, value: u64| RestoreError::Bad { what, index, value };
+        let code = |what, code: u32| move || bad(what, code.into());
+        let state = OwnerState::from_code(saved.state);
+        let state = state.ok_or_else(code("state of partition", saved.state))?;
+        let result = OwnerResult::from_code(saved.result);
+        let result = result.ok_or_else(code("result of partition", saved.result))?;
+        let loss = OwnerLoss::from_code(saved.loss);
+        let loss = loss.ok_or_else(code("loss of partition", saved.loss))?;
+        let is_claimed = state == OwnerState::Claimed;
+        if (saved.owner != 0) != is_claimed {
+            // Not the value: it is a secret.
+            return Err(bad(
+                "state, for its owner, of partition",
+                saved.state.into(),
+            ));
+        }
+        if (saved.lease_end != 0) != is_claimed {
+            return Err(bad("lease of partition", saved.lease_end));
+        }
+        if saved.lost && !matches!(state, OwnerState::Releasing | OwnerState::Faulted) {
+            return Err(bad("pending loss of partition", 1));
+        }
+        let steps = saved.history.len();
+        if steps > HISTORY {
+            return Err(bad("length of the history of partition", steps as u64));
+        }
+        let mut history = VecDeque::with_capacity(HISTORY);
+        for (at_ns, from, event, to) in saved.history.iter().copied() {
+            let what = "step of partition";
+            history.push_back(Step {
+                at_ns,
+                from: OwnerState::from_code(from).ok_or_else(code(what, from))?,
+                event: Event::from_code(event).ok_or_else(code(what, event))?,
+                to: OwnerState::from_code(to).ok_or_else(code(what, to))?,
+            });
+        }
+        Ok(Machine {
+            state,
+            owner: saved.owner,
+            generation: saved.generation,
+            result,
+            lease_end: saved.lease_end,
+            loss,
+            lost: saved.lost,
+            scrubs: u32::from(state == OwnerState::Releasing),
+            history,
+        })
     }
 }
 

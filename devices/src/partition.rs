@@ -18,6 +18,7 @@ use crate::coherence;
 use crate::config::PartitionConfig;
 use crate::health::Health;
 use crate::ownership::{Circumstances, Duty, ENDLESS, Event, Machine, Step};
+use crate::state::SavedPartition;
 
 /// Pause between two looks at the gate: about the time of one chunk of a copy.
 const GATE_PAUSE: Duration = Duration::from_micros(50);
@@ -291,6 +292,26 @@ impl Partition {
             coherence: Coherence::from_code(self.coherence_code()).unwrap_or(Coherence::NotMapped),
             history: machine.history().copied().collect(),
         }
+    }
+
+    /// Its ownership.
+    pub(crate) fn save(&self) -> SavedPartition {
+        SavedPartition {
+            fail_scrub: self.fail_scrub.load(Ordering::Acquire),
+            ..self.lock().save()
+        }
+    }
+
+    /// Puts a machine that was restored in the place of the partition's. What remains to be done.
+    pub(crate) fn restore(&self, machine: Machine, fail_scrub: bool) -> Duty {
+        self.fail_scrub.store(fail_scrub, Ordering::Release);
+        self.step(|own| {
+            *own = machine;
+            match own.state() {
+                OwnerState::Releasing => Duty::Scrub,
+                _ => Duty::Nothing,
+            }
+        })
     }
 
     fn step(&self, f: impl FnOnce(&mut Machine) -> Duty) -> Duty {

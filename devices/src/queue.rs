@@ -4,6 +4,11 @@
 //! doorbell rings. Doorbells and register accesses take the queue's short lock `control` at most, which no one
 //! holds while memory moves. Each run of a queue has an epoch; a stop ends the epoch, and what a worker of an
 //! ended epoch still wants to publish is dropped.
+//!
+//! A pause (`Queue::hold`) is no stop: the worker leaves its run between two packets, drivers see no change, and when
+//! the pause ends the worker takes the same run again.
+
+mod state;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -83,6 +88,8 @@ pub(crate) struct Run {
     pub(crate) time_offset: AtomicU64,
     /// When the last packet ended, as [`crate::timing::QueueTime`] has it. Only the worker uses it.
     pub(crate) reached_ns: AtomicU64,
+    /// The write pointer when the worker last took note of a doorbell. Only the worker uses it.
+    pub(crate) seen_wptr: AtomicU64,
 }
 
 impl Run {
@@ -105,6 +112,10 @@ struct Control {
     run: Option<Arc<Run>>,
     /// Whether the worker is between taking a run and leaving it.
     active: bool,
+    /// Pauses that have not ended.
+    pauses: u32,
+    /// Whether the run was restored and waits for its VMM.
+    waits_for_vmm: bool,
 }
 
 /// What the registers show; written under `control`, read without it.
@@ -160,8 +171,10 @@ pub(crate) struct Shared {
     // Volatile state.
     control: Mutex<Control>,
     left: Condvar,
-    /// An epoch ended: nobody pauses any longer.
+    /// An epoch ended or a pause begins: nobody waits for others any longer.
     ended: Condvar,
+    /// Whether there are pauses, for the worker's look between two packets.
+    held: AtomicBool,
     /// Ends the work of every worker that began with another value.
     epoch: AtomicU64,
     shown: Shown,
@@ -195,9 +208,12 @@ impl Queue {
                 control: Mutex::new(Control {
                     run: None,
                     active: false,
+                    pauses: 0,
+                    waits_for_vmm: false,
                 }),
                 left: Condvar::new(),
                 ended: Condvar::new(),
+                held: AtomicBool::new(false),
                 epoch: AtomicU64::new(0),
                 shown: Shown::default(),
                 hung: AtomicBool::new(false),
@@ -222,17 +238,16 @@ impl Queue {
             return false;
         };
         shared.shown.clear();
-        let (base, size) = (setup.ring_base, setup.ring_size);
-        let fits = size.is_power_of_two()
-            && (RING_MIN..=RING_MAX).contains(&size)
-            && base.is_multiple_of(u64::from(RING_MIN))
-            && base.checked_add(u64::from(size)).is_some();
+        let base = setup.ring_base;
+        let fits = is_ring(base, setup.ring_size);
         let epoch = shared.next_epoch();
+        control.waits_for_vmm = false;
         control.run = Some(Arc::new(Run {
             epoch,
             setup,
             time_offset: AtomicU64::new(0),
             reached_ns: AtomicU64::new(0),
+            seen_wptr: AtomicU64::new(0),
         }));
         if fits && started {
             shared.show_state(QueueState::Idle);
@@ -305,6 +320,11 @@ impl Queue {
         shared.shown.wptr.store(wptr, Ordering::Release);
         shared.show_state(QueueState::Running);
         drop(control);
+        self.kick();
+    }
+
+    /// Wakes the worker.
+    fn kick(&self) {
         if let Some(worker) = self.lock_worker().as_ref() {
             // Full means that a kick waits already.
             let _full = worker.kick.try_send(Instant::now());
@@ -368,6 +388,14 @@ impl Queue {
     fn lock_worker(&self) -> MutexGuard<'_, Option<Worker>> {
         self.worker.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether a ring may be there.
+fn is_ring(base: u64, size: u32) -> bool {
+    size.is_power_of_two()
+        && (RING_MIN..=RING_MAX).contains(&size)
+        && base.is_multiple_of(u64::from(RING_MIN))
+        && base.checked_add(u64::from(size)).is_some()
 }
 
 impl Drop for Queue {
@@ -447,6 +475,9 @@ impl Shared {
     /// The worker takes the enabled run, if there is one, and is active until [`Active`] is dropped.
     pub(crate) fn enter(&self) -> Option<(Active<'_>, Arc<Run>)> {
         let mut control = self.lock();
+        if control.pauses > 0 || control.waits_for_vmm {
+            return None;
+        }
         let run = control.run.clone()?;
         control.active = true;
         Some((Active(self), run))
@@ -486,13 +517,23 @@ impl Shared {
         &self.priorities
     }
 
-    /// Lets `time` pass, or less if the run ends: a stop does not wait for it.
+    /// Lets `time` pass, or less if the run ends or the queue pauses: neither waits for it.
     pub(crate) fn pause(&self, run: &Run, time: Duration) -> Result<(), Stop> {
         let control = self.lock();
-        run.leave(self).check()?;
+        self.go_on(run)?;
         let waited = self.ended.wait_timeout(control, time);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
-        run.leave(self).check()
+        self.go_on(run)
+    }
+
+    /// To be asked where the worker may leave the run and take it again later: between packets, and while it waits
+    /// for others in one that has done nothing yet.
+    pub(crate) fn go_on(&self, run: &Run) -> Result<(), Stop> {
+        run.leave(self).check()?;
+        match self.held.load(Ordering::SeqCst) {
+            true => Err(Stop::Held),
+            false => Ok(()),
+        }
     }
 
     /// Stays here while the engine is hung.

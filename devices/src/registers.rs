@@ -199,6 +199,38 @@ impl<'m> RegisterFile<'m> {
         }
     }
 
+    /// What every register holds, in the order of the table.
+    pub fn values(&self) -> Vec<u64> {
+        let values = self.values.iter();
+        values.map(|cell| cell.load(Ordering::Acquire)).collect()
+    }
+
+    /// The first of `values`, with its number, that [`RegisterFile::values`] cannot have given; `None` if all of
+    /// them can be set. Bits that no driver changes are as after reset, except in registers of which `counts` says
+    /// that the device changes them.
+    pub fn misfit(&self, values: &[u64], counts: impl Fn(RegisterAt) -> bool) -> Option<usize> {
+        let slots = &self.map.slots;
+        if values.len() != slots.len() {
+            return Some(values.len().min(slots.len()));
+        }
+        let is_bad = |(slot, value): (&Slot, &u64)| {
+            let reg = slot.at.reg;
+            let free = match counts(slot.at) {
+                true => reg.width.mask(),
+                false => reg.writable | reg.w1c,
+            };
+            (value ^ reg.reset) & !free != 0
+        };
+        slots.iter().zip(values).position(is_bad)
+    }
+
+    /// Sets every register to what [`RegisterFile::values`] gave; more or fewer are ignored.
+    pub fn set_values(&self, values: &[u64]) {
+        for (cell, value) in self.values.iter().zip(values) {
+            cell.store(*value, Ordering::Release);
+        }
+    }
+
     /// The cell of the register that starts at or covers byte `offset` of the BAR.
     pub fn cell(&self, offset: u32) -> Option<&AtomicU64> {
         let (number, _) = self.map.find(u64::from(offset))?;

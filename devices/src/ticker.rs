@@ -26,6 +26,14 @@ impl Ticker {
         }
     }
 
+    /// As [`Ticker::wake`], if something was ever due.
+    pub(crate) fn wake_if_used(&self) {
+        let wake = self.wake.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(wake) = wake.as_ref() {
+            let _full = wake.try_send(());
+        }
+    }
+
     /// Something is due at another time than before.
     pub(crate) fn wake(&self) {
         let mut wake = self.wake.lock().unwrap_or_else(PoisonError::into_inner);

@@ -99,7 +99,11 @@ impl Gate for Turn<'_> {
         }
         let since = self.last.get().unwrap_or_else(Instant::now);
         while self.busy.is_outranked() && since.elapsed() < SHARE {
-            self.shared.pause(self.run, LOOK)?;
+            match self.shared.pause(self.run, LOOK) {
+                // A packet that has begun is finished, so that it is done once.
+                Err(Stop::Held) => break,
+                waited => waited?,
+            }
         }
         self.last.set(Some(Instant::now()));
         Ok(())
@@ -148,9 +152,18 @@ impl<'q> Session<'q> {
         self.run
             .reached_ns
             .store(self.time.reached(), Ordering::Relaxed);
+        match self.pace() {
+            // The data has moved: the packet is done. The rest of its time passes before the next one.
+            Err(Stop::Held) => Ok(stamp),
+            waited => waited.map(|()| stamp),
+        }
+    }
+
+    /// Waits for the end of the last packet if the queue is paced.
+    fn pace(&self) -> Result<(), Stop> {
         loop {
             match self.time.ahead_ns() {
-                0 => return Ok(stamp),
+                0 => return Ok(()),
                 ns => {
                     let part = Duration::from_nanos(ns).min(PACE_LOOK);
                     self.shared.pause(self.run, part)?;
@@ -172,6 +185,8 @@ pub(crate) fn work(shared: &Shared, kicks: &Receiver<Instant>) {
         ring.clear();
         let mut session = Session::new(shared, &run);
         let stop = drain(&mut session, &mut ring);
+        let reached = session.time.reached();
+        run.reached_ns.store(reached, Ordering::Relaxed);
         if let Err(Stop::Fault(fault)) = stop {
             // Where even this fails, the fault that is reported says more.
             let _second = write_back(&mut session);
@@ -184,9 +199,9 @@ pub(crate) fn work(shared: &Shared, kicks: &Receiver<Instant>) {
 fn drain(session: &mut Session<'_>, ring: &mut Ring) -> Result<(), Stop> {
     let (shared, run) = (session.shared, session.run);
     let mut unwritten = 0;
-    let mut produced = None;
+    session.pace()?;
     loop {
-        run.leave(shared).check()?;
+        shared.go_on(run)?;
         shared.stand_still(run)?;
         let (rptr, wptr) = shared.pointers();
         let available = wptr.saturating_sub(rptr);
@@ -197,9 +212,8 @@ fn drain(session: &mut Session<'_>, ring: &mut Ring) -> Result<(), Stop> {
             }
             continue;
         }
-        if produced != Some(wptr) {
+        if run.seen_wptr.swap(wptr, Ordering::Relaxed) != wptr {
             session.time.catch_up();
-            produced = Some(wptr);
         }
         let words = ring.words(run, &mut session.engine, rptr, available)?;
         let packet = decode(words, available).map_err(|bad| {

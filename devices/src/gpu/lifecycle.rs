@@ -40,6 +40,8 @@ impl Gpu {
             irq: _,
             scrubber,
             ticker: _,
+            clock: _,
+            pauses: _,
             config: _,
             layout: _,
             lifecycle: _,
@@ -140,6 +142,11 @@ impl Gpu {
     /// Does what is due by now, and says in how long the next thing will be. A thread of the GPU's calls it when the
     /// host's time has come; with a clock of one's own, call it after that moved.
     pub fn tick(&self) -> Option<Duration> {
+        let pauses = lock(&self.pauses);
+        if *pauses > 0 {
+            // The end of the pause comes back to it.
+            return None;
+        }
         let now = self.now();
         let mut next = self.end_flaps(now);
         for partition in self.partitions() {

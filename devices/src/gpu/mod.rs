@@ -2,14 +2,16 @@
 //!
 //! # Locks
 //!
-//! In the order in which they may nest: `lifecycle` > a queue's `control` > `attachment`; all others
-//! (`config_space`, `judging`, an ownership machine, the fabric, the interrupt sink, the scrubber's) are
-//! leaves as far as this crate goes. `lifecycle` is for attach, detach and reset, which wait for workers; no
-//! BAR access takes it. Register reads take no lock at all.
+//! In the order in which they may nest: `lifecycle` > a queue's `control` > `attachment`; `pauses` > the flaps; all
+//! others (`config_space`, `judging`, an ownership machine, the fabric, the interrupt sink, the scrubber's) are
+//! leaves as far as this crate goes. `lifecycle` is for attach, detach, reset and restore, which wait for workers or
+//! scrubs, and for the moment in which a state is taken; a pause waits for workers without it. No BAR access takes
+//! it. Register reads take no lock at all.
 
 mod lifecycle;
 mod pages;
 mod read;
+mod state;
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,9 +21,11 @@ use numagpu_spec::pci;
 use numagpu_spec::regs::{self, BootState, LinkState, QUEUE_ENABLE, QUEUE_RESET, partition, queue};
 
 use self::pages::{DoorbellPage, MsixPage};
+pub use self::state::Pause;
 use crate::aperture::Aperture;
 use crate::boot::Boot;
 use crate::bus::{Attachment, FunctionLayout, PciFunction, ResetKind};
+use crate::clock::{Clock as _, MovedClock};
 use crate::config::{GpuConfig, GpuError};
 use crate::config_space::{CONFIG_SIZE, Capabilities, ConfigSpace, MsixPlace};
 use crate::engine::Reach;
@@ -97,6 +101,9 @@ pub struct Gpu {
     pub(crate) irq: Arc<Irq>,
     scrubber: Scrubber,
     pub(crate) ticker: Ticker,
+    clock: Arc<MovedClock>,
+    /// Pauses that have not ended. Held by whoever does what is due.
+    pauses: Mutex<u32>,
     // Static configuration.
     config: GpuConfig,
     layout: FunctionLayout,
@@ -162,13 +169,16 @@ impl Gpu {
             .aperture
             .map(|_| Aperture::new(member.modes.planned()));
         let priorities = Arc::new(Priorities::default());
+        let clock = Arc::new(MovedClock::new(Arc::clone(&config.clock)));
         Ok(Arc::new_cyclic(|myself| Gpu {
             fabric,
             member,
             aperture,
             attachment: Mutex::new(None),
-            scrubber: Scrubber::new(Arc::clone(&irq), Arc::clone(&config.clock)),
+            scrubber: Scrubber::new(Arc::clone(&irq), Arc::clone(&clock) as _),
             ticker: Ticker::new(myself.clone()),
+            clock,
+            pauses: Mutex::default(),
             lifecycle: Mutex::new(()),
             judging: Mutex::new(()),
             config_space: Mutex::new(ConfigSpace::new(&config.ids, &bars, &capabilities)),
@@ -230,7 +240,7 @@ impl Gpu {
     }
 
     pub(crate) fn now(&self) -> u64 {
-        self.config.clock.now_ns()
+        self.clock.now_ns()
     }
 
     /// Whether the function answers on the bus: it was not removed, and is not stuck in a reset.
@@ -310,24 +320,29 @@ impl Gpu {
 
     fn setup(&self, index: u32) -> Setup {
         let get = |reg| self.registers.get(&queue::BLOCK, index, reg);
-        let attachment = lock(&self.attachment);
         Setup {
             ring_base: get(&queue::RING_BASE),
             ring_size: u32::try_from(get(&queue::RING_SIZE)).unwrap_or(0),
             writeback: get(&queue::RPTR_WRITEBACK),
             priority: u32::try_from(get(&queue::PRIORITY)).unwrap_or(0),
-            reach: Reach {
-                place: self.member.place,
-                token: get(&queue::TOKEN),
-                fabric: Arc::clone(&self.fabric),
-                dma: attachment.as_ref().map(|a| Arc::clone(&a.dma)),
-                dma_allowed: Arc::clone(&self.dma_allowed),
-                clock: Arc::clone(&self.config.clock),
-                timing: Timing {
-                    mode: self.config.timing,
-                    hbm_bandwidth_mbs: self.config.hbm_bandwidth_mbs,
-                    hbm_latency_ns: self.config.hbm_latency_ns,
-                },
+            reach: self.reach(get(&queue::TOKEN)),
+        }
+    }
+
+    /// What a queue that acts for `token` can reach.
+    fn reach(&self, token: u64) -> Reach {
+        let attachment = lock(&self.attachment);
+        Reach {
+            place: self.member.place,
+            token,
+            fabric: Arc::clone(&self.fabric),
+            dma: attachment.as_ref().map(|a| Arc::clone(&a.dma)),
+            dma_allowed: Arc::clone(&self.dma_allowed),
+            clock: Arc::clone(&self.clock) as _,
+            timing: Timing {
+                mode: self.config.timing,
+                hbm_bandwidth_mbs: self.config.hbm_bandwidth_mbs,
+                hbm_latency_ns: self.config.hbm_latency_ns,
             },
         }
     }
@@ -363,8 +378,11 @@ impl PciFunction for Gpu {
             self.reset_function(ResetKind::Disconnect);
         }
         self.irq.connect(Some(Arc::clone(&attachment.irq)));
+        let dma = Arc::clone(&attachment.dma);
         *lock(&self.attachment) = Some(attachment);
         self.judge_coherence();
+        // A state that was restored before is kept, and goes on now.
+        self.queues.iter().for_each(|it| it.vmm_is_there(&dma));
     }
 
     fn detach(&self) {

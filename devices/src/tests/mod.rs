@@ -15,6 +15,7 @@ mod model;
 mod ownership;
 mod packets;
 mod partitions;
+mod state;
 mod timing;
 
 use std::sync::Arc;

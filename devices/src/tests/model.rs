@@ -93,6 +93,10 @@ enum Step {
     Reattach {
         gpu: usize,
     },
+    /// Saved, and restored into a new device in its place.
+    Migrate {
+        gpu: usize,
+    },
     Command {
         gpu: usize,
         part: usize,
@@ -238,7 +242,8 @@ fn step(random: &mut Random, model: &Model) -> Step {
             Step::Reset { gpu, kind }
         }
         17 => Step::Reattach { gpu },
-        18..=33 => Step::Command {
+        18 => Step::Migrate { gpu },
+        19..=33 => Step::Command {
             gpu,
             part,
             command: random.pick(&[1, 1, 1, 1, 2, 3, 4, 77]),
@@ -686,6 +691,8 @@ impl Model {
                 },
             ),
             Step::Reattach { gpu } => self.reset(*gpu, OwnerEvent::Disconnect),
+            // Nobody notices.
+            Step::Migrate { .. } => {}
             Step::Command {
                 gpu,
                 part,
@@ -777,7 +784,25 @@ fn machine() -> Machine {
     machine
 }
 
-fn take(machine: &Machine, step: &Step) {
+/// Puts a new device with the state of the old one in its place.
+fn migrate(machine: &mut Machine, gpu: usize) {
+    let old = machine.gpus.remove(gpu);
+    let state = old.pause().unwrap().finish();
+    let config = old.config().clone();
+    drop(old);
+    let mut new = None;
+    // A ticker may hold the old one for a moment.
+    wait(|| {
+        new = Gpu::new(config.clone(), Arc::clone(&machine.fabric)).ok();
+        new.is_some()
+    });
+    let new = new.unwrap();
+    new.attach(machine.vmms[gpu].attachment());
+    new.restore(&state).unwrap();
+    machine.gpus.insert(gpu, new);
+}
+
+fn take(machine: &mut Machine, step: &Step) {
     match step {
         Step::Pass { ns } => {
             machine.clock.advance(*ns);
@@ -794,6 +819,7 @@ fn take(machine: &Machine, step: &Step) {
             machine.gpus[*gpu].detach();
             machine.gpus[*gpu].attach(machine.vmms[*gpu].attachment());
         }
+        Step::Migrate { gpu } => migrate(machine, *gpu),
         Step::Command {
             gpu,
             part,
@@ -933,6 +959,7 @@ struct Met {
     losses: BTreeSet<OwnerLoss>,
     faults: BTreeSet<QueueFault>,
     packets: u64,
+    migrations: u64,
 }
 
 impl Met {
@@ -952,11 +979,12 @@ impl Met {
 fn run(seed: u64, steps: u64) -> Met {
     let mut met = Met::default();
     let mut random = Random(seed);
-    let (machine, mut model) = (machine(), Model::new());
+    let (mut machine, mut model) = (machine(), Model::new());
     let mut taken: Vec<Step> = Vec::new();
     for number in 0..steps {
         let step = step(&mut random, &model);
-        take(&machine, &step);
+        met.migrations += u64::from(matches!(step, Step::Migrate { .. }));
+        take(&mut machine, &step);
         let packets = |model: &Model| -> u64 {
             let queues = model.gpus.iter().flat_map(|gpu| &gpu.queues);
             queues.map(|queue| queue.packets).sum()
@@ -1009,4 +1037,6 @@ fn the_device_does_what_the_model_does() {
     ];
     assert_eq!(met.faults, faults.into());
     assert!(met.packets > STEPS / 20, "{} packets", met.packets);
+    let migrations = met.migrations;
+    assert!(migrations > STEPS / 1000, "{migrations} migrations");
 }
