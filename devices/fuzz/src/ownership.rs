@@ -79,6 +79,8 @@ struct Function {
     bus_master: bool,
     hold: bool,
     told: bool,
+    /// Interrupts' causes, so that a check does not come before the last one.
+    causes: u64,
 }
 
 struct Play<'m> {
@@ -135,13 +137,14 @@ impl Play<'_> {
         Play {
             machine,
             partitions: [0, 1].map(|gpu| [0, 1].map(|partition| known(gpu, partition))),
-            functions: [Function {
+            functions: [0, 1].map(|gpu: usize| Function {
                 attached: true,
                 started: None,
                 bus_master: false,
                 hold: false,
                 told: false,
-            }; GPUS],
+                causes: machine.gpus[gpu].causes(),
+            }),
             now: 0,
             slow: 0,
             tally: Tally::default(),
@@ -355,6 +358,7 @@ impl Play<'_> {
             QueueState::Idle
         } else {
             self.tally.faults += 1;
+            self.functions[gpu].causes += 1;
             QueueState::Fault
         };
         assert_eq!(
@@ -449,7 +453,10 @@ impl Play<'_> {
             known.state = OwnerState::Free;
             known.generation = known.generation.wrapping_add(1);
             known.contents = Some(0);
-            self.functions[gpu].told |= std::mem::take(&mut known.lost);
+            if std::mem::take(&mut known.lost) {
+                self.functions[gpu].told = true;
+                self.functions[gpu].causes += 1;
+            }
             self.tally.scrubs += 1;
         }
     }
@@ -468,12 +475,13 @@ impl Play<'_> {
                 let bits = status(&regs::irq::BLOCK, &regs::irq::STATUS);
                 bits & u64::from(IrqBits::OWNERSHIP.bits()) != 0
             };
-            if self.functions[gpu].told {
-                // Told right after the state is shown.
-                wait(told);
-            } else {
-                assert!(!told(), "nobody lost a partition");
-            }
+            // They come right after the state is shown.
+            wait(|| self.machine.gpus[gpu].causes() >= self.functions[gpu].causes);
+            assert_eq!(
+                told(),
+                self.functions[gpu].told,
+                "who lost a partition is told"
+            );
             for partition in 0..PARTITIONS {
                 self.check_partition(gpu, partition);
             }

@@ -234,6 +234,12 @@ impl Gpu {
         }
     }
 
+    /// Causes of interrupts since power-on, as [`GpuStatus::causes`]: whoever knows how many are to come can wait for
+    /// them.
+    pub fn causes(&self) -> u64 {
+        self.irq.causes()
+    }
+
     /// The HBM partitions of the mode in force.
     pub(crate) fn partitions(&self) -> &[Arc<Partition>] {
         self.member.modes.active()

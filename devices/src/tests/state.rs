@@ -161,7 +161,7 @@ fn all_that_can_be_read_is_the_same_after_a_restore() {
     wait(|| machine.partition(0, 1, &partition::LOSS) == u64::from(OwnerLoss::LeaseExpired.code()));
     wait(|| machine.owner_state(0, 1) == OwnerState::Faulted);
     machine.clock.advance(90 * MS);
-    wait(|| machine.gpus[0].status().links[0].up);
+    wait(|| machine.gpus[0].status().links[0].state == regs::LinkState::Up);
     // What was to happen at the next reset and boot happens.
     machine.gpus[0].reset(ResetKind::Function);
     assert!(!machine.gpus[0].status().present);
