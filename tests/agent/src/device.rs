@@ -77,15 +77,23 @@ pub struct Device {
 }
 
 impl Device {
-    /// All functions that have our ids, in order of address.
+    /// All functions that have our ids, in order of address: the usual ones, or those that the kernel's command line has
+    /// as `numagpu.ids=VENDOR:DEVICE`, in hexadecimal.
     pub fn find(problems: &mut Vec<String>) -> Vec<Device> {
+        let (vendor, function) = match ids(&text("/proc/cmdline")) {
+            Ok(ids) => ids.unwrap_or((pci::VENDOR_ID, pci::DEVICE_ID)),
+            Err(error) => {
+                problems.push(error);
+                return Vec::new();
+            }
+        };
         let devices = Path::new("/sys/bus/pci/devices");
         let id = |path: &Path, name: &str| crate::probe::number(&text(path.join(name)));
         let mut found = Vec::new();
         for name in crate::probe::names(devices) {
             let path = devices.join(&name);
-            if id(&path, "vendor") != Some(u64::from(pci::VENDOR_ID))
-                || id(&path, "device") != Some(u64::from(pci::DEVICE_ID))
+            if id(&path, "vendor") != Some(u64::from(vendor))
+                || id(&path, "device") != Some(u64::from(function))
             {
                 continue;
             }
@@ -303,6 +311,20 @@ impl Device {
         }
         (plain.iter().map(|(id, _)| (*id).into()).collect(), extended)
     }
+}
+
+/// The ids that a kernel command line gives, if it does.
+fn ids(command_line: &str) -> Outcome<Option<(u16, u16)>> {
+    let mut words = command_line.split_whitespace();
+    let Some(given) = words.find_map(|word| word.strip_prefix("numagpu.ids=")) else {
+        return Ok(None);
+    };
+    let hex = |text: &str| u16::from_str_radix(text, 16).ok();
+    let ids = given
+        .split_once(':')
+        .and_then(|(vendor, device)| Some((hex(vendor)?, hex(device)?)));
+    ids.map(Some)
+        .ok_or_else(|| format!("numagpu.ids={given} is not VENDOR:DEVICE"))
 }
 
 /// Extended capabilities that there is room for.
@@ -525,5 +547,20 @@ impl<'a> Queue<'a> {
     /// Stops the queue and forgets what it was doing.
     pub fn reset(&self) {
         self.write(regs::queue::CONTROL, u64::from(regs::QUEUE_RESET));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_read_from_the_command_line() {
+        assert_eq!(ids("console=ttyS0"), Ok(None));
+        let given = ids("a numagpu.ids=1002:74a0 b");
+        assert_eq!(given, Ok(Some((0x1002, 0x74a0))));
+        for bad in ["1002", "1002:", "1002:174a0", "x:y"] {
+            assert!(ids(&format!("numagpu.ids={bad}")).is_err(), "{bad}");
+        }
     }
 }
