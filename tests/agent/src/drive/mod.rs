@@ -27,6 +27,8 @@ const CPU_BYTES: usize = 0x4000;
 const COPY: usize = 0x4_0000;
 /// Where in HBM a copy from RAM lands.
 const COPY_IN: u64 = 4 << 20;
+/// Where behind it packets work, so that the copy stays for the host to look at.
+const SCRATCH: usize = 0x10_0000;
 /// Where in HBM peers' copies land, 2 MiB for each peer.
 const COPY_PEER: u64 = 8 << 20;
 /// Where the patterns for the host are.
@@ -264,8 +266,8 @@ impl Drive {
         Ok(Scratch {
             hbm: Some(partition.map(COPY_IN)?),
             buffer: &self.buffer,
-            at: 0,
-            address: partition.range.base + COPY_IN,
+            at: SCRATCH,
+            address: partition.range.base + COPY_IN + SCRATCH as u64,
         })
     }
 
