@@ -272,6 +272,34 @@ fn guest_initiators_come_in_the_predicted_order() {
     assert_eq!(report.nodes_initiator, [1, 2, 3]);
 }
 
+/// A driver binds by ids, so a guest finds those of the description; the other facts hold all the same.
+#[test]
+fn guest_finds_functions_of_other_ids() {
+    let report = own(r#"
+        name = "ids"
+        [[cpu]]
+        cpus = 1
+        memory = "768MiB"
+        [[gpu]]
+        hbm = "2GiB"
+        cpu = 0
+        hbm_bandwidth_mbs = 1600000
+        hbm_latency_ns = 350
+        [device]
+        vendor = 0x1002
+        device = 0x74a0
+        class = 0x038000
+        queues = 1
+        timing = "modelled"
+    "#);
+    let [gpu] = &report.gpus[..] else {
+        panic!("{:?}", report.gpus);
+    };
+    assert_eq!((gpu.ids, gpu.class), ((0x1002, 0x74a0), 0x03_8000));
+    assert_eq!(gpu.clock, "Modelled");
+    assert!(gpu.blocks.contains(&("Queue".to_owned(), 1)));
+}
+
 #[test]
 fn guest_hbm_is_where_the_description_says() {
     let report = own(r#"

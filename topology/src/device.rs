@@ -6,6 +6,10 @@ use toml::Spanned;
 
 /// Most copy queues of a GPU, what its register map has room for.
 pub const MAX_QUEUES: u32 = 8;
+/// Copy queues of a GPU whose description does not say.
+pub const DEFAULT_QUEUES: u32 = 2;
+/// Class code of a GPU whose description does not say: a processing accelerator.
+pub const DEFAULT_CLASS: u32 = 0x12_0000;
 /// Highest class code: three bytes.
 pub const MAX_CLASS: u32 = 0xff_ffff;
 
@@ -53,4 +57,18 @@ pub struct Device {
     pub boot_us: Option<u32>,
     /// What time stamps mean, and how long work takes.
     pub timing: Timing,
+}
+
+impl Device {
+    /// Copy queues of each GPU.
+    pub fn queues(&self) -> u32 {
+        let queues = self.queues.as_ref();
+        queues.map_or(DEFAULT_QUEUES, |queues| *queues.get_ref())
+    }
+
+    /// Class code.
+    pub fn class(&self) -> u32 {
+        let class = self.class.as_ref();
+        class.map_or(DEFAULT_CLASS, |class| *class.get_ref())
+    }
 }

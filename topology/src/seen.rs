@@ -157,6 +157,10 @@ pub struct GpuSeen {
     pub links: Vec<(u32, u32, u32)>,
     /// Partitions as their registers say.
     pub partitions: Vec<PartitionSeen>,
+    /// Name of `CLOCK.MODE`.
+    pub clock: String,
+    /// Blocks that `DISCOVERY` lists, with their instances, in order.
+    pub blocks: Vec<(String, u32)>,
     /// What the driver did and how it went.
     pub steps: Vec<Step>,
 }
@@ -185,8 +189,14 @@ pub struct Step {
 
 /// What a driver does with a GPU: [`steps::ALL`] if it has HBM of its own, [`steps::UNIFIED`] if not.
 pub mod steps {
+    /// The list of register blocks is the register map's.
+    pub const BLOCKS: &str = "register blocks and packets";
+    /// PCI capabilities that a driver needs are there.
+    pub const CAPABILITIES: &str = "PCI capabilities";
     /// Boot handshake to READY.
     pub const BOOT: &str = "boot handshake";
+    /// The device's clock runs.
+    pub const CLOCK: &str = "clock runs";
     /// Claim of every partition.
     pub const CLAIM: &str = "claim";
     /// A second claim is refused.
@@ -201,34 +211,97 @@ pub mod steps {
     pub const COPY_OUT: &str = "copy peer to RAM";
     /// RAM to RAM by the copy engine.
     pub const COPY_RAM: &str = "copy RAM to RAM";
+    /// Links are up and count at both ends what copies move.
+    pub const LINKS: &str = "links count bytes";
     /// Fences in order, with their values.
     pub const FENCES: &str = "fences";
+    /// Copy of a box between surfaces with pitches.
+    pub const SUB_WINDOW: &str = "sub-window copy";
+    /// Write of words and fill.
+    pub const WRITES: &str = "write and fill";
+    /// A poll that waits, and one that gives up.
+    pub const POLLS: &str = "polls";
+    /// Atomic operations.
+    pub const ATOMICS: &str = "atomics";
+    /// Time stamps in order.
+    pub const TIMESTAMPS: &str = "time stamps";
+    /// Queues of two priorities.
+    pub const PRIORITIES: &str = "queue priorities";
     /// The MSI-X message of a trap.
     pub const INTERRUPT: &str = "interrupt";
+    /// A bad packet stops its queue alone, with an MSI-X message; a reset recovers it.
+    pub const FAULT: &str = "queue fault and recovery";
     /// HBM that another driver owns is out of reach.
     pub const FOREIGN: &str = "foreign HBM refused";
     /// Release of every partition.
     pub const RELEASE: &str = "release";
     /// The next owner reads zeros.
     pub const SCRUBBED: &str = "next owner reads zeros";
+    /// Ownership commands that are refused.
+    pub const REFUSALS: &str = "ownership refusals";
+    /// Transfer to another driver.
+    pub const TRANSFER: &str = "transfer";
+    /// A lease that ends takes the partition, with an MSI-X message.
+    pub const LEASE: &str = "lease that ends";
     /// Function-level reset gives a working device.
     pub const RESET: &str = "function-level reset";
+    /// Another number of partitions and back.
+    pub const MODES: &str = "partition modes";
+    /// No memory errors.
+    pub const HEALTH: &str = "no memory errors";
+    /// A retired page is closed to engines.
+    pub const RETIRE: &str = "retired page refused";
     /// What every GPU with HBM of its own goes through, in order.
     pub const ALL: &[&str] = &[
+        BLOCKS,
+        CAPABILITIES,
         BOOT,
+        CLOCK,
         CLAIM,
         SECOND_CLAIM,
         CPU_ACCESS,
         COPY_IN,
         COPY_PEER,
         COPY_OUT,
+        LINKS,
         FENCES,
+        SUB_WINDOW,
+        WRITES,
+        POLLS,
+        ATOMICS,
+        TIMESTAMPS,
+        PRIORITIES,
         INTERRUPT,
+        FAULT,
         FOREIGN,
         RELEASE,
         SCRUBBED,
+        REFUSALS,
+        TRANSFER,
+        LEASE,
         RESET,
+        MODES,
+        HEALTH,
+        RETIRE,
     ];
     /// What every GPU without goes through, in order: one that works in the machine's RAM.
-    pub const UNIFIED: &[&str] = &[BOOT, COPY_RAM, FENCES, INTERRUPT, RESET];
+    pub const UNIFIED: &[&str] = &[
+        BLOCKS,
+        CAPABILITIES,
+        BOOT,
+        CLOCK,
+        COPY_RAM,
+        LINKS,
+        FENCES,
+        SUB_WINDOW,
+        WRITES,
+        POLLS,
+        ATOMICS,
+        TIMESTAMPS,
+        PRIORITIES,
+        INTERRUPT,
+        FAULT,
+        RESET,
+        HEALTH,
+    ];
 }

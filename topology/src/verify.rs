@@ -286,7 +286,11 @@ fn gpus(plan: &Plan, prediction: &Prediction, report: &Report, facts: &mut Vec<F
             .map_or("-1".to_owned(), |node| node.to_string());
         facts.push(Fact::text(
             format!("{} PCI function", gpu.id),
-            format!("{} class 1200 node {node}", function.bdf),
+            format!(
+                "{} class {:04x} node {node}",
+                function.bdf,
+                plan.device.class() >> 8
+            ),
             seen.map_or("none".to_owned(), |seen| {
                 format!(
                     "{} class {:04x} node {}",
@@ -355,6 +359,25 @@ fn gpus(plan: &Plan, prediction: &Prediction, report: &Report, facts: &mut Vec<F
                 }),
             ));
         }
+        facts.push(Fact::text(
+            format!("{} clock", gpu.id),
+            format!("{:?}", plan.device.timing),
+            seen.map_or("none".to_owned(), |seen| seen.clock.clone()),
+        ));
+        let instances = [
+            ("Link", gpu.links.len()),
+            ("Partition", owned.len()),
+            ("Queue", plan.device.queues() as usize),
+        ];
+        let several = |(name, _): &&(String, u32)| instances.iter().any(|(it, _)| it == name);
+        facts.push(Fact::text(
+            format!("{} instances of blocks", gpu.id),
+            list(instances.map(|(name, count)| format!("{name}x{count}"))),
+            seen.map_or("none".to_owned(), |seen| {
+                let blocks = seen.blocks.iter().filter(several);
+                list(blocks.map(|(name, count)| format!("{name}x{count}")))
+            }),
+        ));
         let driven = match gpu.exposure {
             Exposure::Ram => steps::UNIFIED,
             Exposure::Spm | Exposure::Bar | Exposure::Private => steps::ALL,

@@ -124,9 +124,16 @@ fn accesses(plan: &Plan, pxm: u32) -> Vec<AccessSeen> {
     vec![seen(0), seen(1)]
 }
 
+/// A step of a GPU that has it.
+fn step<'a>(gpu: &'a mut GpuSeen, name: &str) -> &'a mut Step {
+    let mut steps = gpu.steps.iter_mut();
+    steps.find(|step| step.name == name).unwrap()
+}
+
 fn seen(plan: &Plan, gpu: &numagpu_topology::plan::Gpu) -> GpuSeen {
     let links = gpu.links.iter();
     let partitions = gpu.hbm.iter().filter(|_| gpu.exposure != Exposure::Ram);
+    let own = u32::try_from(partitions.clone().count()).unwrap();
     let driven = match gpu.exposure {
         Exposure::Ram => steps::UNIFIED,
         _ => steps::ALL,
@@ -158,6 +165,13 @@ fn seen(plan: &Plan, gpu: &numagpu_topology::plan::Gpu) -> GpuSeen {
                 coherence: coherence.to_owned(),
             })
             .collect(),
+        clock: format!("{:?}", plan.device.timing),
+        blocks: vec![
+            ("Identity".to_owned(), 1),
+            ("Link".to_owned(), u32::try_from(gpu.links.len()).unwrap()),
+            ("Partition".to_owned(), own),
+            ("Queue".to_owned(), 2),
+        ],
         steps: driven
             .iter()
             .map(|name| Step {
@@ -447,14 +461,29 @@ fn every_deviation_fails_its_own_facts() {
             &["gpu1 partitions", "gpu1 partition 0 registers"],
         ),
         (
+            "time stamps mean something else",
+            |r| r.gpus[0].clock = "Paced".to_owned(),
+            &["gpu0 clock"],
+        ),
+        (
+            "a queue less",
+            |r| r.gpus[1].blocks[3].1 = 1,
+            &["gpu1 instances of blocks"],
+        ),
+        (
+            "no list of blocks",
+            |r| r.gpus[1].blocks.clear(),
+            &["gpu1 instances of blocks"],
+        ),
+        (
             "a step failed",
-            |r| r.gpus[1].steps[4].ok = false,
+            |r| step(&mut r.gpus[1], steps::COPY_IN).ok = false,
             &["gpu1 copy RAM to HBM"],
         ),
         (
             "a step was not done",
             |r| {
-                r.gpus[0].steps.remove(0);
+                r.gpus[0].steps.retain(|step| step.name != steps::BOOT);
             },
             &["gpu0 boot handshake"],
         ),
@@ -514,7 +543,7 @@ fn every_deviation_fails_its_own_facts() {
             |r| {
                 let again = Step {
                     ok: false,
-                    ..r.gpus[0].steps[3].clone()
+                    ..step(&mut r.gpus[0], steps::CPU_ACCESS).clone()
                 };
                 r.gpus[0].steps.push(again);
             },

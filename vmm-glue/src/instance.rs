@@ -75,6 +75,11 @@ fn device(described: &Device, config: GpuConfig) -> GpuConfig {
     }
 }
 
+/// Ids of the PCI functions that a description asks for.
+pub(crate) fn ids(described: &Device) -> PciIds {
+    device(described, GpuConfig::new(0, Vec::new())).ids
+}
+
 fn timing(described: Timing) -> TimingMode {
     match described {
         Timing::Off => TimingMode::Off,

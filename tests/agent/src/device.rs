@@ -24,14 +24,23 @@ pub type Outcome<T = ()> = Result<T, String>;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Waits until `done` gives something.
-pub fn wait<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> Outcome<T> {
+pub fn wait<T>(what: &str, done: impl FnMut() -> Option<T>) -> Outcome<T> {
+    wait_at_most(PATIENCE, what, done)
+}
+
+/// Waits until `done` gives something, or so long.
+pub fn wait_at_most<T>(
+    patience: Duration,
+    what: &str,
+    mut done: impl FnMut() -> Option<T>,
+) -> Outcome<T> {
     let start = Instant::now();
     loop {
         if let Some(value) = done() {
             return Ok(value);
         }
-        if start.elapsed() > PATIENCE {
-            return Err(format!("{what}: nothing after {} s", PATIENCE.as_secs()));
+        if start.elapsed() > patience {
+            return Err(format!("{what}: nothing after {} s", patience.as_secs()));
         }
         std::thread::sleep(Duration::from_micros(200));
     }
@@ -68,15 +77,23 @@ pub struct Device {
 }
 
 impl Device {
-    /// All functions that have our ids, in order of address.
+    /// All functions that have our ids, in order of address: the usual ones, or those that the kernel's command line has
+    /// as `numagpu.ids=VENDOR:DEVICE`, in hexadecimal.
     pub fn find(problems: &mut Vec<String>) -> Vec<Device> {
+        let (vendor, function) = match ids(&text("/proc/cmdline")) {
+            Ok(ids) => ids.unwrap_or((pci::VENDOR_ID, pci::DEVICE_ID)),
+            Err(error) => {
+                problems.push(error);
+                return Vec::new();
+            }
+        };
         let devices = Path::new("/sys/bus/pci/devices");
         let id = |path: &Path, name: &str| crate::probe::number(&text(path.join(name)));
         let mut found = Vec::new();
         for name in crate::probe::names(devices) {
             let path = devices.join(&name);
-            if id(&path, "vendor") != Some(u64::from(pci::VENDOR_ID))
-                || id(&path, "device") != Some(u64::from(pci::DEVICE_ID))
+            if id(&path, "vendor") != Some(u64::from(vendor))
+                || id(&path, "device") != Some(u64::from(function))
             {
                 continue;
             }
@@ -194,7 +211,7 @@ impl Device {
     }
 
     /// Base of a partition's registers.
-    fn partition(index: u32) -> u32 {
+    pub fn partition(index: u32) -> u32 {
         regs::partition::BASE + index * regs::partition::STRIDE
     }
 
@@ -257,6 +274,80 @@ impl Device {
     pub fn route_vector(&self, vector: u16, address: u64, data: u32) -> Outcome {
         route_vector(&self.config, &self.msix, vector, address, data)
     }
+
+    /// Masks a vector, or unmasks it.
+    pub fn mask_vector(&self, vector: u16, masked: bool) {
+        self.msix
+            .write32(usize::from(vector) * 16 + 12, u32::from(masked));
+    }
+
+    /// A vector's pending bit.
+    pub fn is_vector_pending(&self, vector: u16) -> bool {
+        let word = pci::MSIX_PBA_OFFSET as usize + usize::from(vector / 32) * 4;
+        self.msix.read32(word) >> (vector % 32) & 1 == 1
+    }
+
+    /// Vectors of the MSI-X capability.
+    pub fn vectors(&self) -> Option<u16> {
+        let (_, control) = msix_capability(&self.config)?;
+        Some((control & 0x7ff) + 1)
+    }
+
+    /// Ids of the capabilities, and of the extended ones (PCI Express 4.0, sections 7.5 and 7.6.3).
+    pub fn capabilities(&self) -> (Vec<u16>, Vec<u16>) {
+        let plain = plain_capabilities(&self.config);
+        let mut extended = Vec::new();
+        let mut at = 0x100;
+        while let Some(header) = read_config::<4>(&self.config, at).map(u32::from_le_bytes) {
+            let id = u16::try_from(header & 0xffff).unwrap_or(0);
+            if matches!(header, 0 | u32::MAX) || extended.len() >= MOST_EXTENDED {
+                break;
+            }
+            extended.push(id);
+            at = u64::from(header >> 20);
+            if at < 0x100 {
+                break;
+            }
+        }
+        (plain.iter().map(|(id, _)| (*id).into()).collect(), extended)
+    }
+}
+
+/// The ids that a kernel command line gives, if it does.
+fn ids(command_line: &str) -> Outcome<Option<(u16, u16)>> {
+    let mut words = command_line.split_whitespace();
+    let Some(given) = words.find_map(|word| word.strip_prefix("numagpu.ids=")) else {
+        return Ok(None);
+    };
+    let hex = |text: &str| u16::from_str_radix(text, 16).ok();
+    let ids = given
+        .split_once(':')
+        .and_then(|(vendor, device)| Some((hex(vendor)?, hex(device)?)));
+    ids.map(Some)
+        .ok_or_else(|| format!("numagpu.ids={given} is not VENDOR:DEVICE"))
+}
+
+/// Extended capabilities that there is room for.
+const MOST_EXTENDED: usize = 960;
+
+fn read_config<const N: usize>(config: &File, at: u64) -> Option<[u8; N]> {
+    let mut bytes = [0; N];
+    config.read_exact_at(&mut bytes, at).ok()?;
+    Some(bytes)
+}
+
+/// Ids and offsets of the capabilities in the list that the header begins.
+fn plain_capabilities(config: &File) -> Vec<(u8, u64)> {
+    let mut found = Vec::new();
+    let mut next = read_config(config, 0x34);
+    while let Some([at @ 0x40..=0xff]) = next
+        && found.len() < 48
+        && let Some([id, after]) = read_config(config, at.into())
+    {
+        found.push((id, at.into()));
+        next = Some([after]);
+    }
+    found
 }
 
 /// Routes an MSI-X vector to a physical address: the message is then a 4-byte store of `data` there. User space
@@ -287,22 +378,9 @@ pub fn route_vector(
 
 /// Offset and message control of the MSI-X capability.
 fn msix_capability(config: &File) -> Option<(u64, u16)> {
-    let read = |at: u64| {
-        let mut byte = [0];
-        config.read_exact_at(&mut byte, at).ok()?;
-        Some(byte[0])
-    };
-    let mut at = u64::from(read(0x34)?);
-    for _ in 0..48 {
-        if at < 0x40 {
-            return None;
-        }
-        if read(at)? == 0x11 {
-            return Some((at, u16::from_le_bytes([read(at + 2)?, read(at + 3)?])));
-        }
-        at = u64::from(read(at + 1)?);
-    }
-    None
+    let capabilities = plain_capabilities(config);
+    let (_, at) = capabilities.iter().find(|(id, _)| *id == 0x11)?;
+    Some((*at, u16::from_le_bytes(read_config(config, at + 2)?)))
 }
 
 /// Where the ring and the fences of a queue are in the DMA buffer.
@@ -431,6 +509,22 @@ impl<'a> Queue<'a> {
         })?
     }
 
+    /// What a fence has stored.
+    pub fn fence(&self, fence: usize) -> u32 {
+        self.buffer.read32(self.slots.fences + fence * 4)
+    }
+
+    /// Waits until the queue stops, and checks why.
+    pub fn wait_stopped(&self, why: QueueFault) -> Outcome {
+        wait("fault", || {
+            (self.state() == Some(QueueState::Fault)).then_some(())
+        })?;
+        if self.read(regs::queue::FAULT_CODE) == u64::from(why.code()) {
+            return Ok(());
+        }
+        Err(format!("fault {} instead of {}", self.fault(), why.name()))
+    }
+
     /// Checks that the queue has consumed all it was given, and said so everywhere.
     pub fn check_drained(&self) -> Outcome {
         let written_back = || self.buffer.read64(self.slots.rptr);
@@ -453,5 +547,20 @@ impl<'a> Queue<'a> {
     /// Stops the queue and forgets what it was doing.
     pub fn reset(&self) {
         self.write(regs::queue::CONTROL, u64::from(regs::QUEUE_RESET));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_read_from_the_command_line() {
+        assert_eq!(ids("console=ttyS0"), Ok(None));
+        let given = ids("a numagpu.ids=1002:74a0 b");
+        assert_eq!(given, Ok(Some((0x1002, 0x74a0))));
+        for bad in ["1002", "1002:", "1002:174a0", "x:y"] {
+            assert!(ids(&format!("numagpu.ids={bad}")).is_err(), "{bad}");
+        }
     }
 }

@@ -131,7 +131,7 @@ fn main() {
         Ok(mut drive) => {
             host.progress("driver: boot and claim");
             drive.start();
-            host.progress("driver: CPU access, copies, fences, interrupts");
+            host.progress("driver: CPU access, copies, packets, interrupts, faults");
             drive.work();
             report.mem_total_kib.push(memory());
             if report_wants_hold(&probe::text("/proc/cmdline")) {
@@ -140,7 +140,7 @@ fn main() {
             }
             let (buffer, physical) = drive.buffer();
             example::drive(buffer, physical, &mut report.problems);
-            host.progress("driver: release");
+            host.progress("driver: owners, leases, resets, partition modes");
             drive.stop();
             report.gpus = drive.finish();
         }

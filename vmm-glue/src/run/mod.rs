@@ -8,6 +8,7 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use numagpu_devices::spec::pci;
 use numagpu_topology::qemu::{Host, QemuError};
 use numagpu_topology::seen::{Pattern, Report};
 use numagpu_topology::{Plan, linux::BootPath, qemu};
@@ -16,7 +17,7 @@ use thiserror::Error;
 pub use guest::Interrupt;
 
 use crate::emulator::{self, EmulatorError};
-use crate::instance::{Instance, InstanceError};
+use crate::instance::{self, Instance, InstanceError};
 use crate::qmp::QmpError;
 use crate::run_dir::{RunDir, RunDirError};
 use crate::scenario::Scenario;
@@ -135,7 +136,7 @@ pub trait Watch {
 }
 
 /// The host's side of a command line for this run.
-fn host(options: &Options) -> Host {
+fn host(plan: &Plan, options: &Options) -> Host {
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let mut append = Vec::new();
     if !options.append.contains("console=") {
@@ -143,6 +144,10 @@ fn host(options: &Options) -> Host {
     }
     // A guest that nobody looks at ends when its kernel panics.
     append.extend(options.agent.then(|| "panic=-1".to_owned()));
+    // The agent looks for the usual ids unless it is told of others.
+    let ids = instance::ids(&plan.device);
+    let told = options.agent && (ids.vendor, ids.device) != (pci::VENDOR_ID, pci::DEVICE_ID);
+    append.extend(told.then(|| format!("numagpu.ids={:04x}:{:04x}", ids.vendor, ids.device)));
     append.extend((!options.append.is_empty()).then(|| options.append.clone()));
     Host {
         boot: options.boot,
@@ -167,7 +172,7 @@ pub fn command_line(plan: &Plan, options: &Options) -> Result<String, RunError> 
     let host = Host {
         hbm: places.hbm,
         sockets: places.sockets,
-        ..host(options)
+        ..host(plan, options)
     };
     let mut arguments = qemu::arguments(plan, &host)?;
     arguments.extend(options.qemu_arguments.iter().cloned());
@@ -211,7 +216,7 @@ pub fn run(
     interrupt: &Interrupt,
     watch: &mut dyn Watch,
 ) -> Result<Option<Report>, RunError> {
-    let mut host = host(options);
+    let mut host = host(plan, options);
     // What can be known to fail is said before anything is started.
     let count = (plan.hbm().count(), plan.gpus.len());
     let dry = Host {

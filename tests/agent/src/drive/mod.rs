@@ -1,13 +1,20 @@
 //! Brings every GPU up, works in its HBM, and notes how each step went.
 
-use numagpu_spec::regs::{self, IrqBits, OwnerCommand, OwnerResult, QueueFault, QueueState};
-use numagpu_spec::{pci, sdma};
+mod blocks;
+mod copies;
+mod interrupts;
+mod memory_errors;
+mod modes;
+mod ownership;
+mod packets;
+
+use numagpu_spec::regs::{self, OwnerCommand, OwnerResult, TimingMode};
 use numagpu_topology::seen::{DaxSeen, GpuSeen, PartitionSeen, Pattern, Step, steps};
 
-use crate::device::{Device, Outcome, Queue, Slots, wait};
+use crate::device::{Device, Outcome, Queue, Slots};
 use crate::hbm::{Partition, WINDOW};
 use crate::probe;
-use crate::sys::{Mapping, on_kvm};
+use crate::sys::Mapping;
 
 /// The driver that works.
 const TOKEN: u64 = 0x6e75_6d61_0000_0001;
@@ -20,6 +27,8 @@ const CPU_BYTES: usize = 0x4000;
 const COPY: usize = 0x4_0000;
 /// Where in HBM a copy from RAM lands.
 const COPY_IN: u64 = 4 << 20;
+/// Where behind it packets work, so that the copy stays for the host to look at.
+const SCRATCH: usize = 0x10_0000;
 /// Where in HBM peers' copies land, 2 MiB for each peer.
 const COPY_PEER: u64 = 8 << 20;
 /// Where the patterns for the host are.
@@ -37,7 +46,10 @@ const FOREIGN: Slots = Slots {
     fences: 0x3_0000,
     rptr: 0x3_1000,
 };
-const MESSAGE: usize = 0x1_2000;
+/// Messages of the MSI-X vectors, 8 bytes each.
+const MESSAGES: usize = 0x1_2000;
+/// Words that packets change.
+const WORDS: usize = 0x1_3000;
 const SOURCE: usize = 0x10_0000;
 const TARGET: usize = 0x18_0000;
 
@@ -52,6 +64,23 @@ struct Gpu {
     device: Device,
     seen: GpuSeen,
     partitions: Vec<Partition>,
+}
+
+/// Memory that packets work on, as the CPU and as the device reach it.
+struct Scratch<'a> {
+    hbm: Option<Mapping>,
+    buffer: &'a Mapping,
+    /// Where it is in the CPU's mapping.
+    at: usize,
+    /// Where the device has it.
+    address: u64,
+}
+
+impl Scratch<'_> {
+    /// The mapping; the memory begins at `at`.
+    fn memory(&self) -> &Mapping {
+        self.hbm.as_ref().unwrap_or(self.buffer)
+    }
 }
 
 impl Drive {
@@ -138,9 +167,12 @@ impl Drive {
 
     /// Boots every GPU and claims every partition.
     pub fn start(&mut self) {
+        self.each(steps::BLOCKS, Drive::blocks);
+        self.each(steps::CAPABILITIES, Drive::capabilities);
         self.each(steps::BOOT, |drive, index| {
             drive.gpu(index)?.device.boot().map(|()| String::new())
         });
+        self.each(steps::CLOCK, Drive::clock);
         for gpu in &mut self.gpus {
             gpu.read_partitions();
         }
@@ -166,63 +198,40 @@ impl Drive {
 
     /// Works in HBM, by CPU and by copy engine.
     pub fn work(&mut self) {
-        self.each(steps::CPU_ACCESS, |drive, index| drive.cpu_access(index));
-        self.each(steps::COPY_IN, |drive, index| drive.copy_in(index));
-        self.each(steps::COPY_PEER, |drive, index| drive.copy_peer(index));
-        self.each(steps::COPY_OUT, |drive, index| drive.copy_out(index));
-        self.each(steps::COPY_RAM, |drive, index| drive.copy_ram(index));
-        self.each(steps::FENCES, |drive, index| drive.fences(index));
-        self.each(steps::INTERRUPT, |drive, index| drive.interrupt(index));
-        self.each(steps::FOREIGN, |drive, index| drive.foreign(index));
+        self.each(steps::CPU_ACCESS, Drive::cpu_access);
+        self.each(steps::COPY_IN, Drive::copy_in);
+        self.each(steps::COPY_PEER, Drive::copy_peer);
+        self.each(steps::COPY_OUT, Drive::copy_out);
+        self.each(steps::COPY_RAM, Drive::copy_ram);
+        self.each(steps::LINKS, Drive::links);
+        self.each(steps::FENCES, Drive::fences);
+        self.each(steps::SUB_WINDOW, Drive::sub_window);
+        self.each(steps::WRITES, Drive::writes);
+        self.each(steps::POLLS, Drive::polls);
+        self.each(steps::ATOMICS, Drive::atomics);
+        self.each(steps::TIMESTAMPS, Drive::timestamps);
+        self.each(steps::PRIORITIES, Drive::priorities);
+        self.each(steps::INTERRUPT, Drive::interrupt);
+        self.each(steps::FAULT, Drive::fault);
+        self.each(steps::FOREIGN, Drive::foreign);
     }
 
-    /// Gives all partitions back and looks at them as another driver.
+    /// Gives all partitions back, looks at them as another driver, and does what only a partition without an owner
+    /// allows. What lasts as long as the device comes last.
     pub fn stop(&mut self) {
         self.each(steps::RELEASE, |drive, index| {
             drive
                 .gpu(index)?
                 .each_partition(|gpu, partition| gpu.release(partition, TOKEN))
         });
-        self.each(steps::SCRUBBED, |drive, index| drive.scrubbed(index));
-        self.each(steps::RESET, |drive, index| {
-            let gpu = drive.gpu(index)?;
-            gpu.device
-                .reset()
-                .map_err(|error| format!("reset: {error}"))?;
-            gpu.device.boot()?;
-            if gpu.partitions.is_empty() {
-                // That it works again shows in what it did before.
-                return drive.copy_ram(index);
-            }
-            gpu.each_partition(|gpu, partition| {
-                gpu.device
-                    .expect(partition, OwnerCommand::Claim, TOKEN, OwnerResult::Ok)?;
-                gpu.release(partition, TOKEN)
-            })
-        });
-    }
-
-    fn cpu_access(&self, index: usize) -> Outcome<String> {
-        let gpu = self.gpu(index)?;
-        let seed =
-            |partition: usize, place: u64| (index as u64) << 56 | (partition as u64) << 48 | place;
-        for (number, partition) in gpu.partitions.iter().enumerate() {
-            for place in partition.places() {
-                let map = partition.map(place)?;
-                // Starting with zeros is the device's promise to a new owner.
-                map.check_zero(0, CPU_BYTES)?;
-                map.fill(0, CPU_BYTES, seed(number, place));
-                map.fill(WINDOW - CPU_BYTES, CPU_BYTES, seed(number, place) ^ 1 << 40);
-            }
-        }
-        for (number, partition) in gpu.partitions.iter().enumerate() {
-            for place in partition.places() {
-                let map = partition.map(place)?;
-                map.check(0, CPU_BYTES, seed(number, place))?;
-                map.check(WINDOW - CPU_BYTES, CPU_BYTES, seed(number, place) ^ 1 << 40)?;
-            }
-        }
-        Ok(String::new())
+        self.each(steps::SCRUBBED, Drive::scrubbed);
+        self.each(steps::REFUSALS, Drive::refusals);
+        self.each(steps::TRANSFER, Drive::transfer);
+        self.each(steps::LEASE, Drive::lease);
+        self.each(steps::RESET, Drive::reset);
+        self.each(steps::MODES, Drive::partition_modes);
+        self.each(steps::HEALTH, Drive::health);
+        self.each(steps::RETIRE, Drive::retire);
     }
 
     fn queue(&self, index: usize, number: u32, slots: Slots, token: u64) -> Outcome<Queue<'_>> {
@@ -233,6 +242,33 @@ impl Drive {
             slots,
             token,
         ))
+    }
+
+    /// The number of a queue beside queue 0, or 0 where there is none.
+    fn second(&self, index: usize) -> Outcome<u32> {
+        let count = self
+            .gpu(index)?
+            .device
+            .read32(regs::identity::BASE, regs::identity::QUEUE_COUNT);
+        Ok(u32::from(count > 1))
+    }
+
+    /// Memory that packets work on: the first partition's HBM, or RAM where there is none.
+    fn scratch(&self, index: usize) -> Outcome<Scratch<'_>> {
+        let Some(partition) = self.gpu(index)?.partitions.first() else {
+            return Ok(Scratch {
+                hbm: None,
+                buffer: &self.buffer,
+                at: TARGET,
+                address: self.physical + TARGET as u64,
+            });
+        };
+        Ok(Scratch {
+            hbm: Some(partition.map(COPY_IN)?),
+            buffer: &self.buffer,
+            at: SCRATCH,
+            address: partition.range.base + COPY_IN + SCRATCH as u64,
+        })
     }
 
     /// One copy by the engine, with its fence waited for.
@@ -246,182 +282,6 @@ impl Drive {
 
     fn seed(index: usize) -> u64 {
         0xc0de_0000_0000_0000 | (index as u64) << 32
-    }
-
-    fn copy_in(&self, index: usize) -> Outcome<String> {
-        let gpu = self.gpu(index)?;
-        for (number, partition) in gpu.partitions.iter().enumerate() {
-            let seed = Drive::seed(index) | (number as u64) << 24;
-            self.buffer.fill(SOURCE, COPY, seed);
-            self.copy(
-                index,
-                self.physical + SOURCE as u64,
-                partition.range.base + COPY_IN,
-            )?;
-            partition.map(COPY_IN)?.check(0, COPY, seed)?;
-        }
-        Ok(String::new())
-    }
-
-    /// Where in a peer's first partition GPU `index` copies to.
-    fn peer_offset(index: usize) -> u64 {
-        COPY_PEER + (index * WINDOW) as u64
-    }
-
-    fn copy_peer(&self, index: usize) -> Outcome<String> {
-        let peer = self.peer(index)?;
-        let source = self.gpu(index)?.first()?.range.base + COPY_IN;
-        let target = self.gpu(peer)?.first()?;
-        let offset = Drive::peer_offset(index);
-        self.copy(index, source, target.range.base + offset)?;
-        target.map(offset)?.check(0, COPY, Drive::seed(index))?;
-        Ok(if peer == index {
-            "works within its own HBM, no peer".to_owned()
-        } else {
-            String::new()
-        })
-    }
-
-    fn copy_out(&self, index: usize) -> Outcome<String> {
-        let source = self.gpu(self.peer(index)?)?.first()?.range.base + Drive::peer_offset(index);
-        self.buffer.fill(TARGET, COPY, 0xdead);
-        self.copy(index, source, self.physical + TARGET as u64)?;
-        self.buffer.check(TARGET, COPY, Drive::seed(index))?;
-        Ok(String::new())
-    }
-
-    fn copy_ram(&self, index: usize) -> Outcome<String> {
-        let seed = Drive::seed(index);
-        self.buffer.fill(SOURCE, COPY, seed);
-        self.buffer.fill(TARGET, COPY, 0xdead);
-        self.copy(
-            index,
-            self.physical + SOURCE as u64,
-            self.physical + TARGET as u64,
-        )?;
-        self.buffer.check(TARGET, COPY, seed)?;
-        Ok(String::new())
-    }
-
-    /// A train of copies and fences that wraps the ring several times.
-    fn fences(&self, index: usize) -> Outcome<String> {
-        // In HBM, or in RAM from SOURCE to TARGET.
-        let base = match self.gpu(index)?.partitions.first() {
-            Some(partition) => partition.range.base + COPY_IN,
-            None => self.physical + SOURCE as u64,
-        };
-        let mut queue = self.queue(index, 0, QUEUE, TOKEN)?;
-        const ROUNDS: u32 = 8;
-        const FENCES: u32 = 32;
-        for round in 1..=ROUNDS {
-            for fence in 0..FENCES {
-                queue.push_copy(base, base + (TARGET - SOURCE) as u64, 4096);
-                queue.push_fence(fence as usize, round << 16 | fence);
-            }
-            queue.go();
-            let last = FENCES - 1;
-            queue.wait_fence(last as usize, round << 16 | last)?;
-            // The last fence is there, so all before it are.
-            for fence in 0..FENCES {
-                let seen = self.buffer.read32(QUEUE.fences + fence as usize * 4);
-                if seen != round << 16 | fence {
-                    return Err(format!(
-                        "fence {fence} is {seen:#x} when fence {last} is there"
-                    ));
-                }
-            }
-        }
-        queue.check_drained()?;
-        Ok(String::new())
-    }
-
-    fn interrupt(&self, index: usize) -> Outcome<String> {
-        let device = &self.gpu(index)?.device;
-        let data = 0x1234_0000 + u32::try_from(index).unwrap_or(0);
-        self.buffer.write32(MESSAGE, 0);
-        device.route_vector(pci::VECTOR_QUEUE0, self.physical + MESSAGE as u64, data)?;
-        let pending =
-            || device.read32(regs::irq::BASE, regs::irq::STATUS) & IrqBits::QUEUE0.bits() != 0;
-        device.write(regs::irq::BASE, regs::irq::STATUS, u64::from(u32::MAX));
-        if pending() {
-            return Err("the pending bit does not clear".to_owned());
-        }
-        device.write(
-            regs::irq::BASE,
-            regs::irq::ENABLE,
-            u64::from(IrqBits::QUEUE0.bits()),
-        );
-        let mut queue = self.queue(index, 0, QUEUE, TOKEN)?;
-        queue.push(&sdma::trap(7));
-        queue.push_fence(1, 1);
-        queue.go();
-        queue.wait_fence(1, 1)?;
-        wait("pending bit of the trap", || pending().then_some(()))?;
-        let arrived = wait("MSI-X message", || {
-            (self.buffer.read32(MESSAGE) == data).then_some(())
-        });
-        device.write(regs::irq::BASE, regs::irq::ENABLE, 0);
-        match arrived {
-            Ok(()) => Ok("works: MSI-X message seen in memory".to_owned()),
-            Err(_) if on_kvm() => {
-                Ok("pending bit seen; KVM delivers no message to memory".to_owned())
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    /// A queue of another driver cannot read what is ours.
-    fn foreign(&self, index: usize) -> Outcome<String> {
-        let gpu = self.gpu(index)?;
-        let source = gpu.first()?.range.base + COPY_IN;
-        self.buffer.fill(TARGET, COPY, 0xdead);
-        let mut queue = self.queue(index, 1, FOREIGN, OTHER)?;
-        queue.push_copy(source, self.physical + TARGET as u64, COPY as u64);
-        queue.push_fence(0, 1);
-        queue.go();
-        wait("fault", || {
-            (queue.state() == Some(QueueState::Fault)).then_some(())
-        })?;
-        let code = queue.read(regs::queue::FAULT_CODE);
-        let (address, packet) = (
-            queue.read(regs::queue::FAULT_ADDR),
-            queue.read(regs::queue::FAULT_PACKET),
-        );
-        if code != u64::from(QueueFault::NotOwned.code()) || address != source || packet != 0 {
-            return Err(format!("fault {}", queue.fault()));
-        }
-        self.buffer.check(TARGET, COPY, 0xdead)?;
-        let pending = gpu.device.read32(regs::irq::BASE, regs::irq::STATUS);
-        if pending & IrqBits::FAULT.bits() == 0 {
-            return Err(format!("IRQ.STATUS {pending:#x} shows no fault"));
-        }
-        queue.reset();
-        if queue.state() != Some(QueueState::Disabled) {
-            return Err(format!("state {:?} after reset", queue.state()));
-        }
-        Ok(String::new())
-    }
-
-    fn scrubbed(&self, index: usize) -> Outcome<String> {
-        let gpu = self.gpu(index)?;
-        gpu.each_partition(|gpu, partition| {
-            gpu.device
-                .expect(partition, OwnerCommand::Claim, OTHER, OwnerResult::Ok)
-        })?;
-        for partition in &gpu.partitions {
-            let peers = (0..self.gpus.len()).map(Drive::peer_offset);
-            for offset in partition
-                .places()
-                .into_iter()
-                .chain([COPY_IN, HELD])
-                .chain(peers)
-            {
-                if offset + WINDOW as u64 <= partition.range.size {
-                    partition.map(offset)?.check_zero(0, WINDOW)?;
-                }
-            }
-        }
-        gpu.each_partition(|gpu, partition| gpu.release(partition, OTHER))
     }
 
     /// Writes patterns that the host can look for in the backing files.
@@ -510,6 +370,10 @@ impl Gpu {
                     )
                 })
                 .collect(),
+            clock: TimingMode::from_code(device.read32(regs::clock::BASE, regs::clock::MODE))
+                .map_or("unknown", TimingMode::name)
+                .to_owned(),
+            blocks: blocks::list(&device),
             ..GpuSeen::default()
         };
         Gpu {
