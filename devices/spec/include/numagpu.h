@@ -411,7 +411,7 @@
 /* PARTITION_STATE: 0 FREE, 1 CLAIMED, 2 RELEASING, 3 FAULTED; RO */
 #define NUMAGPU_PARTITION_STATE(i) (0x2018u + 0x100u * (i))
 #define NUMAGPU_PARTITION_STATE_BYTES 4u
-/* PARTITION_GENERATION: counts changes of owner; RO */
+/* PARTITION_GENERATION: counts claims and frees; RO */
 #define NUMAGPU_PARTITION_GENERATION(i) (0x201cu + 0x100u * (i))
 #define NUMAGPU_PARTITION_GENERATION_BYTES 4u
 /* PARTITION_TOKEN: token of the commanding driver; reads 0, cleared by each command; RW, hidden */

@@ -30,7 +30,7 @@ pub const STATE: Reg = Reg::ro(
     "0 FREE, 1 CLAIMED, 2 RELEASING, 3 FAULTED",
 );
 /// Grows by one whenever the partition is claimed or becomes free.
-pub const GENERATION: Reg = Reg::ro("GENERATION", 0x1c, W4, "counts changes of owner");
+pub const GENERATION: Reg = Reg::ro("GENERATION", 0x1c, W4, "counts claims and frees");
 /// Token of the driver that commands; reads as zero, so that no token leaks. Each command clears it and
 /// `NEW_TOKEN`, so that nobody commands with what another driver left there: write it before each command.
 pub const TOKEN: Reg = Reg::rw(
