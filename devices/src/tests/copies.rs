@@ -5,6 +5,7 @@ use numagpu_spec::sdma::{Surface, const_fill, copy_linear, copy_sub_window, fenc
 use proptest::prelude::*;
 
 use super::*;
+use crate::bus::ResetKind;
 use crate::test_support::Access;
 
 #[test]
@@ -395,4 +396,53 @@ proptest! {
         let moved = u64::from(extent.iter().product::<u32>()) * element as u64;
         prop_assert_eq!(machine.gpus[0].status().queues[0].bytes, moved);
     }
+}
+
+/// Whatever stops a queue, and whichever chunk of a copy it is at: what is behind that chunk stays as it was, and
+/// nothing moves any more when the stop returns.
+#[test]
+fn a_stop_at_every_step_of_a_copy_ends_it_there() {
+    use crate::engine::CHUNK;
+    const STEPS: u64 = 8;
+    type Stop = fn(&Machine);
+    let stops: [Stop; 3] = [
+        |machine| machine.set_queue(0, 0, &regs::queue::CONTROL, 2),
+        |machine| machine.gpus[0].reset(ResetKind::Function),
+        |machine| machine.gpus[0].detach(),
+    ];
+    let (from, to) = (DATA, DATA + (16 << 20));
+    let data = noise((STEPS * CHUNK) as usize);
+    let mut ended_there = 0;
+    for stop in stops {
+        for step in 0..STEPS {
+            let machine = Machine::ready();
+            machine.poke(from, &data);
+            let dma = &machine.vmms[0].dma;
+            let at = from + step * CHUNK;
+            dma.stall(at);
+            machine.submit(0, 0, &copy_linear(from, to, STEPS * CHUNK));
+            wait(|| dma.accesses().iter().any(|it| it.address == at));
+            std::thread::scope(|scope| {
+                let stopping = scope.spawn(|| stop(&machine));
+                std::thread::sleep(Duration::from_millis(5));
+                assert!(!stopping.is_finished(), "it waits for the chunk");
+                dma.resume();
+            });
+            let accesses = dma.accesses().len();
+            let moved = machine.peek(to, data.len());
+            let chunk = CHUNK as usize;
+            let done = moved.chunks(chunk).zip(data.chunks(chunk));
+            let done = done.take_while(|(is, was)| is == was).count();
+            assert!(done as u64 >= step, "{done} of {step}");
+            let rest = moved.get(done * chunk..).unwrap();
+            assert!(rest.iter().all(|byte| *byte == 0), "beyond chunk {done}");
+            // A host that was slow to stop it may have let it go on for a while.
+            ended_there += u32::from(done as u64 <= step + 1);
+            assert_eq!(machine.queue(0, 0, &regs::queue::RPTR), 0);
+            assert_eq!(machine.queue_state(0, 0), QueueState::Disabled);
+            std::thread::sleep(Duration::from_millis(1));
+            assert_eq!(dma.accesses().len(), accesses, "something moved behind");
+        }
+    }
+    assert!(ended_there > 12, "{ended_there} of 24");
 }
