@@ -120,6 +120,11 @@ pub fn run(bytes: &[u8]) -> Tally {
 
 impl Play<'_> {
     fn new(machine: &Machine) -> Play<'_> {
+        for gpu in &machine.gpus {
+            // The first waits for what the input before has left on its way, the second clears what came.
+            gpu.reset(ResetKind::Function);
+            gpu.reset(ResetKind::Function);
+        }
         let generation = |gpu, partition| {
             let reg = &regs::partition::GENERATION;
             machine.partition(gpu, partition, reg) as u32
@@ -459,6 +464,8 @@ impl Play<'_> {
             }
             self.tally.scrubs += 1;
         }
+        // A reset that comes next must not meet one that is still on its way.
+        wait(|| self.machine.gpus[gpu].causes() >= self.functions[gpu].causes);
     }
 
     fn check(&self) {
