@@ -142,6 +142,18 @@ pub enum InjectError {
     Link(#[from] FabricError),
 }
 
+impl InjectError {
+    fn no(what: &'static str, index: u64, have: usize) -> InjectError {
+        InjectError::No { what, index, have }
+    }
+}
+
+/// The part with this number.
+fn numbered<'p, P>(parts: &'p [P], index: u32, what: &'static str) -> Result<&'p P, InjectError> {
+    let no = InjectError::no(what, index.into(), parts.len());
+    parts.get(index as usize).ok_or(no)
+}
+
 /// A link that is down for a while.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Flap {
@@ -240,11 +252,7 @@ impl Gpu {
             Injection::SpuriousInterrupt { vector } => {
                 let have = pci::VECTOR_COUNT;
                 if vector >= have {
-                    return Err(InjectError::No {
-                        what: "vectors",
-                        index: vector.into(),
-                        have: have.into(),
-                    });
+                    return Err(InjectError::no("vectors", vector.into(), have.into()));
                 }
                 self.irq.spurious(vector);
             }
@@ -268,14 +276,7 @@ impl Gpu {
             Injection::BootTimeout => self.boot.hang_next(),
             Injection::StuckReset { ms } => self.presence.stick(ms),
             Injection::ScrubFailure { partition } => {
-                let partitions = self.partitions();
-                let no = InjectError::No {
-                    what: "partitions",
-                    index: partition.into(),
-                    have: partitions.len(),
-                };
-                let target = partitions.get(partition as usize).ok_or(no)?;
-                target.fail_next_scrub();
+                numbered(self.partitions(), partition, "partitions")?.fail_next_scrub();
             }
             Injection::Removal => {
                 let _one = lock(&self.lifecycle);
@@ -292,12 +293,7 @@ impl Gpu {
     }
 
     fn queue(&self, index: u32) -> Result<&Queue, InjectError> {
-        let no = InjectError::No {
-            what: "queues",
-            index: index.into(),
-            have: self.queues.len(),
-        };
-        self.queues.get(index as usize).ok_or(no)
+        numbered(&self.queues, index, "queues")
     }
 
     fn set_link(&self, peer: u32, up: bool) -> Result<(), FabricError> {

@@ -80,6 +80,11 @@ pub(crate) fn ids(described: &Device) -> PciIds {
     device(described, GpuConfig::new(0, Vec::new())).ids
 }
 
+/// Copy queues of each GPU that a description asks for.
+pub(crate) fn queues(described: &Device) -> u32 {
+    device(described, GpuConfig::new(0, Vec::new())).queues
+}
+
 fn timing(described: Timing) -> TimingMode {
     match described {
         Timing::Off => TimingMode::Off,

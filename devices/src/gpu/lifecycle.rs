@@ -75,14 +75,15 @@ impl Gpu {
             ResetKind::Disconnect => presence.power_cycle(),
         }
         member.links.iter().for_each(LinkEnd::clear_counters);
-        match kind {
-            ResetKind::Function if self.change_mode(request, Event::PartitionChange) => {}
-            ResetKind::Hot if self.change_mode(request, Event::PartitionChange) => {}
-            ResetKind::Disconnect
-                if self.change_mode(member.modes.planned().len() as u64, Event::Disconnect) => {}
-            ResetKind::Function => self.lose(Event::FunctionReset),
-            ResetKind::Hot => self.lose(Event::HotReset),
-            ResetKind::Disconnect => self.lose(Event::Disconnect),
+        let planned = member.modes.planned().len() as u64;
+        // What the partitions suffer, and how many there are to be, with what they suffer if that is another number.
+        let (loss, count, change) = match kind {
+            ResetKind::Function => (Event::FunctionReset, request, Event::PartitionChange),
+            ResetKind::Hot => (Event::HotReset, request, Event::PartitionChange),
+            ResetKind::Disconnect => (Event::Disconnect, planned, Event::Disconnect),
+        };
+        if !self.change_mode(count, change) {
+            self.lose(loss);
         }
         // Whether it was enough shows in PARTITION.STATE.
         let _all_free = scrubber.wait(SCRUB_WAIT);

@@ -23,7 +23,6 @@ mod player;
 
 use std::fmt;
 
-use numagpu_devices::GpuConfig;
 use numagpu_devices::spec::{pci, regs::MAX_PARTITIONS};
 use numagpu_topology::machine::{Exposure, SourceText};
 use numagpu_topology::{MachineError, Plan, offset_of, plan, schema};
@@ -405,9 +404,7 @@ fn check(planned: &Planned, plan: &Plan) -> Result<(), Wrong> {
     let Some(gpu) = plan.gpus.get(planned.gpu as usize) else {
         return Ok(());
     };
-    let usual = GpuConfig::new(planned.gpu, Vec::new()).queues;
-    let queues = plan.device.queues.as_ref();
-    let queues = queues.map_or(usual, |it| *it.get_ref()) as usize;
+    let queues = crate::instance::queues(&plan.device) as usize;
     let own = match gpu.exposure {
         Exposure::Ram => &[],
         _ => gpu.hbm.as_slice(),
