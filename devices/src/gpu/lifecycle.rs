@@ -37,7 +37,7 @@ impl Gpu {
             member,
             aperture: _,
             attachment: _,
-            irq: _,
+            irq,
             scrubber,
             ticker: _,
             clock: _,
@@ -66,7 +66,10 @@ impl Gpu {
             dma_allowed.store(space.dma_allowed(), Ordering::SeqCst);
         }
         queues.iter().for_each(Queue::reset);
-        registers.reset();
+        {
+            let _causes = irq.hold_resets();
+            registers.reset();
+        }
         doorbells.reset();
         msix.reset();
         health.reset();
