@@ -110,7 +110,7 @@ pub struct Gpu {
     // Volatile state.
     pub(crate) lifecycle: Mutex<()>,
     judging: Mutex<()>,
-    config_space: Mutex<ConfigSpace>,
+    pub(crate) config_space: Mutex<ConfigSpace>,
     dma_allowed: Arc<AtomicBool>,
     pub(crate) registers: Arc<RegisterFile<'static>>,
     doorbells: RegisterFile<'static>,
