@@ -38,6 +38,7 @@ pub mod clock;
 pub mod coherence;
 pub mod config;
 pub mod config_space;
+mod doorbells;
 pub mod engine;
 pub mod fabric;
 pub mod gpu;

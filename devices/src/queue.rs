@@ -321,6 +321,19 @@ impl Queue {
         self.kick();
     }
 
+    /// Whether doorbells have an effect.
+    pub(crate) fn is_enabled(&self) -> bool {
+        !matches!(
+            self.shared.state(),
+            QueueState::Disabled | QueueState::Fault
+        )
+    }
+
+    /// Bytes produced, as the last doorbell said.
+    pub(crate) fn wptr(&self) -> u64 {
+        self.shared.shown.wptr.load(Ordering::Acquire)
+    }
+
     /// Wakes the worker.
     fn kick(&self) {
         if let Some(worker) = self.lock_worker().as_ref() {

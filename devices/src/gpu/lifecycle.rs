@@ -50,6 +50,7 @@ impl Gpu {
             dma_allowed,
             registers,
             doorbells,
+            mapped_doorbells,
             msix,
             boot,
             health,
@@ -71,6 +72,9 @@ impl Gpu {
             registers.reset();
         }
         doorbells.reset();
+        if let Some(page) = mapped_doorbells {
+            page.reset();
+        }
         msix.reset();
         health.reset();
         match kind {
