@@ -11,12 +11,15 @@
 //! - [`regions`]: which accesses a function's regions take, and what of them a client may map.
 //! - [`dma`]: guest memory that the client mapped, as the function's `DmaPort`.
 //! - [`version`]: negotiation of version and capabilities.
+//! - [`client`]: the socket as it is written to, and `DMA_READ` and `DMA_WRITE` to the client.
 //! - [`irq`]: the client's event descriptors, as the function's `InterruptSink`.
 //!
-//! Not here: `DMA_READ`/`DMA_WRITE` to the client, migration, interrupts other than MSI-X.
+//! Not here: migration, interrupts other than MSI-X, a second socket for the server's commands.
 //!
 //! "The specification" in this module is QEMU's `docs/interop/vfio-user.rst`, protocol 0.0.
 
+mod bounce;
+pub mod client;
 pub mod dma;
 pub mod framing;
 pub mod irq;
