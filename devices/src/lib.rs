@@ -53,7 +53,7 @@ mod modes;
 pub mod ownership;
 pub mod packet;
 pub mod partition;
-mod patience;
+pub mod patience;
 pub mod priority;
 pub mod queue;
 pub mod registers;

@@ -5,6 +5,7 @@
 //!
 //! - [`server`]: the listening socket, its threads, who may connect and when, shutdown.
 //! - [`framing`]: bytes and file descriptors of the stream become messages, however the stream is cut.
+//! - [`polling`]: whether a session looks for messages before it sleeps.
 //! - [`wire`]: messages become validated requests, results become replies. Pure.
 //! - [`refusal`]: why a request is not carried out, and its error number.
 //! - [`session`]: one connection's life: version first and once, then any request in order.
@@ -23,6 +24,7 @@ pub mod client;
 pub mod dma;
 pub mod framing;
 pub mod irq;
+pub mod polling;
 pub mod refusal;
 pub mod regions;
 pub mod server;
@@ -30,6 +32,7 @@ pub mod session;
 pub mod version;
 pub mod wire;
 
+pub use polling::Polling;
 pub use server::{Server, ServerError, Stopper};
 pub(crate) use server::{identity, listen_at};
 

@@ -10,6 +10,7 @@ use super::client::Client;
 use super::dma::{DmaTable, MapError};
 use super::framing::Framing;
 use super::irq::{self, IrqTable};
+use super::polling::{Poller, Polling};
 use super::refusal::Refusal;
 use super::regions::{self, Regions};
 use super::version::{self, negotiate};
@@ -25,6 +26,7 @@ pub struct Session {
     socket: Arc<OwnedFd>,
     client: Arc<Client>,
     framing: Framing,
+    poller: Poller,
     fds: Vec<OwnedFd>,
     reply: Reply,
     device: Device,
@@ -52,6 +54,7 @@ impl Session {
             socket,
             client: Arc::clone(&client),
             framing: Framing::new(),
+            poller: Poller::default(),
             fds: Vec::with_capacity(4 * MAX_FDS),
             reply: Reply::new(),
             device: Device {
@@ -63,6 +66,13 @@ impl Session {
                 attached: false,
             },
         }
+    }
+
+    /// The same, that looks for messages as `polling` says.
+    #[must_use]
+    pub fn polling(mut self, polling: Polling) -> Self {
+        self.poller = Poller::new(polling);
+        self
     }
 
     /// Serves until the client disconnects. The function is detached then, and nothing of the client's is kept.
@@ -77,7 +87,7 @@ impl Session {
     }
 
     fn serve(&mut self) -> Result<(), SessionError> {
-        while self.framing.receive(&*self.socket)? > 0 {
+        while self.framing.receive(&*self.socket, &mut self.poller)? > 0 {
             loop {
                 let message = match self.framing.next(&mut self.fds) {
                     Ok(Some(message)) => message,
