@@ -9,6 +9,8 @@ mod device;
 #[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
+mod listeners;
+#[cfg(test)]
 mod malformed;
 #[cfg(test)]
 mod memory;
