@@ -7,6 +7,8 @@ mod cuts;
 #[cfg(test)]
 mod device;
 #[cfg(test)]
+mod endurance;
+#[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
 mod listeners;
