@@ -12,6 +12,7 @@ use crate::bus::{Area, Bar, HbmStore};
 use crate::clock::{Clock, HostClock};
 use crate::config_space::ResizableBar;
 use crate::fabric::FabricError;
+use crate::ownership::OnDisconnect;
 use crate::registers::TableError;
 
 /// Identity of the PCI function.
@@ -98,6 +99,8 @@ pub struct GpuConfig {
     pub cpu_pxm: u32,
     /// Links, at most 32. Each link between two GPUs is in the list of both.
     pub links: Vec<LinkConfig>,
+    /// What becomes of HBM when the VMM goes away.
+    pub on_disconnect: OnDisconnect,
     /// Modelled boot time.
     pub boot_delay: Duration,
     /// Code with which the boot fails; 0 = it does not.
@@ -113,8 +116,8 @@ pub struct GpuConfig {
 }
 
 impl GpuConfig {
-    /// A GPU on its own: default ids, no aperture, 2 queues, no hive, no links, 1 ms to boot, the host's
-    /// clock and speed.
+    /// A GPU on its own: default ids, no aperture, 2 queues, no hive, no links, a scrub at each disconnect, 1 ms to
+    /// boot, the host's clock and speed.
     pub fn new(index: u32, partitions: Vec<PartitionConfig>) -> GpuConfig {
         GpuConfig {
             index,
@@ -128,6 +131,7 @@ impl GpuConfig {
             hive_size: 1,
             cpu_pxm: 0,
             links: Vec::new(),
+            on_disconnect: OnDisconnect::Scrub,
             boot_delay: Duration::from_millis(1),
             boot_fault: 0,
             clock: Arc::new(HostClock::new()),

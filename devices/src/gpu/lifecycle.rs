@@ -103,7 +103,10 @@ impl Gpu {
 
     fn incident(&self, partitions: &[Arc<Partition>], event: Event) {
         for partition in partitions {
-            let duty = partition.incident(event, self.now());
+            let duty = match event {
+                Event::Disconnect => partition.disconnect(self.config.on_disconnect, self.now()),
+                _ => partition.incident(event, self.now()),
+            };
             self.scrubber.settle(partition, duty);
         }
     }

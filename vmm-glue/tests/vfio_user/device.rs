@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use numagpu_devices::bus::{Attachment, Bar, FunctionLayout, PciFunction, ResetKind};
-use numagpu_vmm_glue::vfio_user::Server;
+use numagpu_vmm_glue::vfio_user::{Listener, SecondClient, Server};
 use tempfile::TempDir;
 
 /// Bytes of BAR 0.
@@ -66,7 +66,20 @@ impl Served {
 }
 
 pub fn serve() -> Served {
-    let probe = Arc::new(Probe {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = Listener::bind(dir.path().join("gpu0")).unwrap();
+    serve_on(listener, SecondClient::Refuse, dir)
+}
+
+/// A probe behind a socket of the test's own, in a directory that lasts as long.
+pub fn serve_on(listener: Listener, second: SecondClient, dir: TempDir) -> Served {
+    let probe = probe();
+    let server = Server::start(listener, Arc::clone(&probe) as _, second).unwrap();
+    Served { probe, server, dir }
+}
+
+fn probe() -> Arc<Probe> {
+    Arc::new(Probe {
         layout: FunctionLayout {
             bars: vec![Bar {
                 index: 0,
@@ -86,10 +99,7 @@ pub fn serve() -> Served {
             broken: false,
             on_write: None,
         }),
-    });
-    let dir = tempfile::tempdir().unwrap();
-    let server = Server::bind(dir.path().join("gpu0"), Arc::clone(&probe) as _).unwrap();
-    Served { probe, server, dir }
+    })
 }
 
 fn at(offset: u64, len: usize) -> std::ops::Range<usize> {

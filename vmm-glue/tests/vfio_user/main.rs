@@ -9,7 +9,11 @@ mod cuts;
 #[cfg(test)]
 mod device;
 #[cfg(test)]
+mod endurance;
+#[cfg(test)]
 mod lifecycle;
+#[cfg(test)]
+mod listeners;
 #[cfg(test)]
 mod malformed;
 #[cfg(test)]
