@@ -24,7 +24,7 @@ use self::pages::{DoorbellPage, MsixPage};
 pub use self::state::Pause;
 use crate::aperture::Aperture;
 use crate::boot::Boot;
-use crate::bus::{Attachment, FunctionLayout, PciFunction, ResetKind};
+use crate::bus::{Attachment, FunctionLayout, Kick, PciFunction, ResetKind};
 use crate::clock::{Clock as _, MovedClock};
 use crate::config::{GpuConfig, GpuError};
 use crate::config_space::{CONFIG_SIZE, Capabilities, ConfigSpace, MsixPlace};
@@ -46,7 +46,7 @@ use crate::timing::Timing;
 type Map = LazyLock<Result<RegisterMap, TableError>>;
 static REGISTERS: Map = LazyLock::new(|| RegisterMap::new(regs::BLOCKS, pci::BAR_REGISTERS_SIZE));
 static DOORBELLS: Map =
-    LazyLock::new(|| RegisterMap::new(&[pci::doorbell::BLOCK], pci::BAR_DOORBELLS_SIZE));
+    LazyLock::new(|| RegisterMap::new(pci::DOORBELL_BLOCKS, pci::BAR_DOORBELLS_SIZE));
 static MSIX: Map = LazyLock::new(|| RegisterMap::new(&[pci::msix::BLOCK], pci::BAR_MSIX_SIZE));
 
 /// Snapshot of a link.
@@ -107,6 +107,7 @@ pub struct Gpu {
     // Static configuration.
     config: GpuConfig,
     layout: FunctionLayout,
+    kicks: Vec<Kick>,
     // Volatile state.
     pub(crate) lifecycle: Mutex<()>,
     judging: Mutex<()>,
@@ -187,6 +188,12 @@ impl Gpu {
                 config_size: u32::try_from(CONFIG_SIZE).unwrap_or(4096),
                 msix_vectors: pci::VECTOR_COUNT,
             },
+            kicks: (0..u64::from(config.queues))
+                .map(|queue| Kick {
+                    bar: pci::BAR_DOORBELLS,
+                    offset: u64::from(pci::KICK_OFFSET) + queue * pci::DOORBELL_STRIDE,
+                })
+                .collect(),
             dma_allowed: bus_master,
             registers,
             doorbells,
@@ -330,6 +337,7 @@ impl Gpu {
             ring_base: get(&queue::RING_BASE),
             ring_size: u32::try_from(get(&queue::RING_SIZE)).unwrap_or(0),
             writeback: get(&queue::RPTR_WRITEBACK),
+            wptr_poll: get(&queue::WPTR_POLL),
             priority: u32::try_from(get(&queue::PRIORITY)).unwrap_or(0),
             reach: self.reach(get(&queue::TOKEN)),
         }
@@ -463,6 +471,10 @@ impl PciFunction for Gpu {
 
     fn bar_file(&self, bar: u8) -> Option<BorrowedFd<'_>> {
         self.aperture_at(bar)?.file()
+    }
+
+    fn kicks(&self) -> &[Kick] {
+        &self.kicks
     }
 
     fn reset(&self, kind: ResetKind) {

@@ -10,6 +10,7 @@ mod copies;
 mod faults;
 mod fuzz;
 mod inject;
+mod kicks;
 mod lifecycle;
 mod model;
 mod ownership;
