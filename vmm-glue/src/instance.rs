@@ -95,11 +95,16 @@ fn timing(described: Timing) -> TimingMode {
 
 /// GPUs that wait for a VMM, one socket each.
 pub struct Instance {
-    // In the order in which they are dropped: whoever injects goes before the GPUs; a server uses its GPU, and a GPU
-    // its HBM.
+    // In the order in which they are dropped: whoever injects goes before the GPUs; a server uses its GPU.
     control: Option<Control>,
     runner: Option<Runner>,
     servers: Vec<Server>,
+    gpus: Gpus,
+}
+
+/// A machine's GPUs and their HBM, for a VMM in this process to plug in (see [`crate::kvm`]).
+pub struct Gpus {
+    // A GPU uses its HBM.
     gpus: Vec<Arc<Gpu>>,
     hbm: Vec<HbmFile>,
 }
@@ -109,8 +114,8 @@ struct HbmFile {
     /// What it is called if it has a file name, or would be.
     name: String,
     memory: Arc<HbmBacking>,
-    /// Whether the VMM makes memory of the machine of it; if not, it gets it from the GPU's socket.
-    is_memory: bool,
+    /// Where it is, if the VMM makes memory of the machine of it; if not, the VMM gets it from the GPU's socket.
+    base: Option<u64>,
 }
 
 /// A GPU's HBM as its plan has it.
@@ -145,12 +150,12 @@ impl Exposed {
         make: impl Fn(&str, u64) -> Result<HbmBacking, HbmError>,
     ) -> Result<Memory, HbmError> {
         let mut files = Vec::new();
-        let mut file = |name: String, size, is_memory| {
+        let mut file = |name: String, size, base| {
             let memory = Arc::new(make(&name, size)?);
             files.push(HbmFile {
                 name,
                 memory: Arc::clone(&memory),
-                is_memory,
+                base,
             });
             Ok::<_, HbmError>(memory)
         };
@@ -158,8 +163,8 @@ impl Exposed {
         match self.exposure {
             Exposure::Ram => {}
             Exposure::Spm => {
-                for (index, (_, size, _)) in self.hbm.iter().enumerate() {
-                    stores.push(file(Plan::hbm_file(gpu, index), *size, true)?);
+                for (index, (base, size, _)) in self.hbm.iter().enumerate() {
+                    stores.push(file(Plan::hbm_file(gpu, index), *size, Some(*base))?);
                 }
             }
             Exposure::Bar | Exposure::Private => {
@@ -167,7 +172,7 @@ impl Exposed {
                 let all = sizes
                     .iter()
                     .fold(0, |all, size| u64::saturating_add(all, *size));
-                let whole = file(aperture_file(gpu), all, false)?;
+                let whole = file(aperture_file(gpu), all, None)?;
                 let parts = whole.split(&sizes)?;
                 stores.extend(parts.into_iter().map(|part| Arc::new(part) as _));
             }
@@ -190,25 +195,14 @@ impl Exposed {
     }
 }
 
-impl Instance {
-    /// Makes the HBM of all GPUs as the plan's backing says, or in `hbm_dir` if that is given, and serves each GPU on a socket of its own in
-    /// `socket_dir`, and [`control::SOCKET`] beside them. Clients can connect when this returns. `scenario` is played from
-    /// then on.
+impl Gpus {
+    /// Makes the HBM of all GPUs as the plan's backing says, or in `hbm_dir` if that is given, and the GPUs.
     ///
     /// # Errors
     /// [`InstanceError`]; nothing is left behind then.
-    pub fn start(
-        plan: &Plan,
-        socket_dir: &Path,
-        hbm_dir: Option<&Path>,
-        scenario: Option<&Scenario>,
-    ) -> Result<Instance, InstanceError> {
-        scenario.map_or(Ok(()), |scenario| scenario.check(plan))?;
+    pub fn new(plan: &Plan, hbm_dir: Option<&Path>) -> Result<Gpus, InstanceError> {
         let fabric = Fabric::new();
-        let mut instance = Instance {
-            control: None,
-            runner: None,
-            servers: Vec::new(),
+        let mut made = Gpus {
             gpus: Vec::new(),
             hbm: Vec::new(),
         };
@@ -232,7 +226,7 @@ impl Instance {
                 (None, BackingKind::Hugetlb) => HbmBacking::hugetlb(name, size, backing.page),
                 (None, _) => HbmBacking::memfd(name, size),
             })?;
-            instance.hbm.extend(memory.files);
+            made.hbm.extend(memory.files);
             let links = gpu.links.iter().map(|link| LinkConfig {
                 peer: link.peer_hive_node,
                 width: link.count,
@@ -256,9 +250,53 @@ impl Instance {
                     gpu: gpu.id.clone(),
                     source,
                 })?;
-            instance.gpus.push(model);
+            made.gpus.push(model);
         }
-        for (gpu, model) in plan.gpus.iter().zip(&instance.gpus) {
+        Ok(made)
+    }
+
+    /// The GPUs, in the order of the plan.
+    #[must_use]
+    pub fn gpus(&self) -> &[Arc<Gpu>] {
+        &self.gpus
+    }
+
+    /// The HBM that is memory of the machine, with its first guest-physical address, in order of GPUs and partitions.
+    pub fn memory(&self) -> impl Iterator<Item = (u64, &Arc<HbmBacking>)> {
+        let hbm = self.hbm.iter();
+        hbm.filter_map(|hbm| Some((hbm.base?, &hbm.memory)))
+    }
+}
+
+impl Drop for Gpus {
+    fn drop(&mut self) {
+        self.gpus.clear();
+        // A GPU's threads may hold the memory a moment longer, and the process end before they let go.
+        self.hbm.iter().for_each(|hbm| hbm.memory.remove_name());
+    }
+}
+
+impl Instance {
+    /// Makes GPUs as [`Gpus::new`] does, and serves each on a socket of its own in
+    /// `socket_dir`, and [`control::SOCKET`] beside them. Clients can connect when this returns. `scenario` is played from
+    /// then on.
+    ///
+    /// # Errors
+    /// [`InstanceError`]; nothing is left behind then.
+    pub fn start(
+        plan: &Plan,
+        socket_dir: &Path,
+        hbm_dir: Option<&Path>,
+        scenario: Option<&Scenario>,
+    ) -> Result<Instance, InstanceError> {
+        scenario.map_or(Ok(()), |scenario| scenario.check(plan))?;
+        let mut instance = Instance {
+            control: None,
+            runner: None,
+            servers: Vec::new(),
+            gpus: Gpus::new(plan, hbm_dir)?,
+        };
+        for (gpu, model) in plan.gpus.iter().zip(instance.gpus.gpus()) {
             let socket = socket_dir.join(Plan::socket_file(gpu));
             let function: Arc<dyn numagpu_devices::bus::PciFunction> = Arc::<Gpu>::clone(model);
             instance.servers.push(Server::bind(socket, function)?);
@@ -275,7 +313,7 @@ impl Instance {
         scenario: Option<&Scenario>,
     ) -> Result<(), InstanceError> {
         let names = plan.gpus.iter().map(|gpu| gpu.id.clone());
-        let gpus = names.zip(self.gpus.iter().map(Arc::clone));
+        let gpus = names.zip(self.gpus.gpus().iter().map(Arc::clone));
         let desk = Arc::new(Desk::new(&plan.name, gpus.collect()));
         if let Some(scenario) = scenario {
             let runner = Runner::start(scenario, &desk).map_err(InstanceError::Player)?;
@@ -287,6 +325,12 @@ impl Instance {
         Ok(())
     }
 
+    /// The GPUs and their HBM.
+    #[must_use]
+    pub fn gpus(&self) -> &Gpus {
+        &self.gpus
+    }
+
     /// The sockets, in order of GPUs.
     pub fn sockets(&self) -> impl Iterator<Item = &Path> {
         self.servers.iter().map(Server::path)
@@ -294,12 +338,16 @@ impl Instance {
 
     /// What each GPU says of itself.
     pub fn status(&self) -> Vec<GpuStatus> {
-        self.gpus.iter().map(|gpu| gpu.status()).collect()
+        self.gpus.gpus().iter().map(|gpu| gpu.status()).collect()
     }
 
     /// Names and descriptors of all HBM that has no file name, in order of GPUs and partitions.
     pub fn unnamed_hbm(&self) -> impl Iterator<Item = (&str, BorrowedFd<'_>)> {
-        let unnamed = self.hbm.iter().filter(|hbm| hbm.memory.path().is_none());
+        let unnamed = self
+            .gpus
+            .hbm
+            .iter()
+            .filter(|hbm| hbm.memory.path().is_none());
         unnamed.map(|hbm| (hbm.name.as_str(), hbm.memory.as_fd()))
     }
 
@@ -325,8 +373,7 @@ impl Instance {
     }
 
     fn machine_memory(&self) -> impl Iterator<Item = &Arc<HbmBacking>> {
-        let memory = self.hbm.iter().filter(|hbm| hbm.is_memory);
-        memory.map(|hbm| &hbm.memory)
+        self.gpus.memory().map(|(_, memory)| memory)
     }
 }
 
@@ -335,9 +382,6 @@ impl Drop for Instance {
         self.control = None;
         self.runner = None;
         self.servers.clear();
-        self.gpus.clear();
-        // A GPU's threads may hold the memory a moment longer, and the process end before they let go.
-        self.hbm.iter().for_each(|hbm| hbm.memory.remove_name());
     }
 }
 
@@ -407,7 +451,7 @@ mod tests {
         let gpu = planned();
         let name = |index| Plan::hbm_file(&gpu, index);
         assert_eq!(sizes, [(name(0), MIB), (name(1), 2 * MIB)]);
-        assert!(files.iter().all(|file| file.is_memory));
+        assert!(files.iter().all(|file| file.base.is_some()));
         let pxm: Vec<_> = config.partitions.iter().map(|it| it.pxm).collect();
         assert_eq!(pxm, [Some(7), None]);
         assert_eq!(config.aperture, None);
@@ -418,7 +462,7 @@ mod tests {
         for (exposure, coherent) in [(Exposure::Bar, true), (Exposure::Private, false)] {
             let (sizes, files, config) = made(exposure, Some(4 * MIB));
             assert_eq!(sizes, [(aperture_file(&planned()), 3 * MIB)]);
-            assert!(!files.iter().any(|file| file.is_memory));
+            assert!(!files.iter().any(|file| file.base.is_some()));
             let size = 4 * MIB;
             assert_eq!(config.aperture, Some(ApertureConfig { size, coherent }));
             let backings = config.partitions.iter().map(|it| it.store.backing());

@@ -26,6 +26,9 @@ pub enum Command {
     Serve(ServeArgs),
     /// Boot a Linux guest with a machine's GPUs and show what it sees beside what was planned.
     Run(RunArgs),
+    /// Test this build on this host, without QEMU: a client in this process drives a GPU over vfio-user, and where there is
+    /// KVM, a guest of our own drives one that is plugged into its virtual machine.
+    Selftest(SelftestArgs),
     /// Show what the GPUs of a running instance are doing.
     Status(StatusArgs),
     /// Make a fault happen in a running instance.
@@ -56,6 +59,17 @@ pub struct SchemaArgs {
     /// Of what.
     #[arg(value_enum, default_value = "machine")]
     pub of: FileKind,
+}
+
+/// Arguments of `selftest`.
+#[derive(clap::Args)]
+pub struct SelftestArgs {
+    /// KVM's device.
+    #[arg(long, value_name = "PATH", default_value = "/dev/kvm")]
+    pub kvm: PathBuf,
+    /// Fail where there is no KVM, instead of skipping that part.
+    #[arg(long)]
+    pub require_kvm: bool,
 }
 
 /// Arguments of `status`.

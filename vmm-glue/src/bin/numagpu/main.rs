@@ -4,6 +4,7 @@ mod args;
 mod boot;
 mod control;
 mod machine;
+mod selftest;
 mod serve;
 
 use std::fmt::Display;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan(&args),
         Command::Serve(args) => serve::serve(&args),
         Command::Run(args) => boot::run(&args),
+        Command::Selftest(args) => selftest::selftest(&args),
         Command::Status(args) => control::status(&args),
         Command::Inject(args) => control::inject(&args),
         Command::Schema(args) => print_schema(args.of),
