@@ -35,6 +35,16 @@ pub struct Bar {
     pub mappable: Vec<Area>,
 }
 
+/// A place in a BAR where a write of any value and width does the same: a transport may carry it as an event without a
+/// value, as KVM's ioeventfd does, and then write what it likes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kick {
+    /// BAR.
+    pub bar: u8,
+    /// Offset in the BAR.
+    pub offset: u64,
+}
+
 /// What a transport has to know of a function before it serves it. Constant for the function's life.
 #[derive(Clone, Debug)]
 pub struct FunctionLayout {
@@ -214,6 +224,10 @@ pub trait PciFunction: Send + Sync {
     /// offsets in the BAR. The same for the function's life. None if no part of the BAR is mappable.
     fn bar_file(&self, _bar: u8) -> Option<BorrowedFd<'_>> {
         None
+    }
+    /// Where the value of a write does not matter. The same for the function's life.
+    fn kicks(&self) -> &[Kick] {
+        &[]
     }
     /// Resets the function. HBM that drivers owned is scrubbed and free afterwards.
     fn reset(&self, kind: ResetKind);

@@ -287,6 +287,16 @@ impl<'r> Engine<'r> {
         })
     }
 
+    /// As [`Engine::load32`] with 8 bytes; `address` must be a multiple of 8.
+    ///
+    /// # Errors
+    /// The fault.
+    pub(crate) fn load64(&mut self, address: u64) -> Result<u64, Fault> {
+        self.word(address, 8, Touch::Load, &|piece| {
+            piece.load(0, Ordering::Acquire).ok().map(u64::from_le)
+        })
+    }
+
     /// One try at an atomic operation, after everything that was written before is visible.
     ///
     /// # Errors

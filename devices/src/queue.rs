@@ -8,6 +8,7 @@
 //! A pause (`Queue::hold`) is no stop: the worker leaves its run between two packets, drivers see no change, and when
 //! the pause ends the worker takes the same run again.
 
+mod doorbell;
 mod state;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -35,6 +36,8 @@ pub struct Setup {
     pub ring_size: u32,
     /// `RPTR_WRITEBACK`, a multiple of 8; 0 = nowhere.
     pub writeback: u64,
+    /// `WPTR_POLL`, a multiple of 8; 0 = nowhere.
+    pub wptr_poll: u64,
     /// `PRIORITY`, 0 to 3.
     pub priority: u32,
     /// What the queue can reach.
@@ -90,6 +93,8 @@ pub(crate) struct Run {
     pub(crate) reached_ns: AtomicU64,
     /// The write pointer when the worker last took note of a doorbell. Only the worker uses it.
     pub(crate) seen_wptr: AtomicU64,
+    /// Whether a kick came that the worker has not followed.
+    pub(crate) kicked: AtomicBool,
 }
 
 impl Run {
@@ -248,6 +253,7 @@ impl Queue {
             time_offset: AtomicU64::new(0),
             reached_ns: AtomicU64::new(0),
             seen_wptr: AtomicU64::new(0),
+            kicked: AtomicBool::new(false),
         }));
         if fits && started {
             shared.show_state(QueueState::Idle);
@@ -283,42 +289,6 @@ impl Queue {
         self.shared.hung.store(false, Ordering::SeqCst);
         self.shared.show_state(QueueState::Disabled);
         drop(control);
-    }
-
-    /// The driver rang: `wptr` bytes are produced. Ignored unless the queue is enabled; a value between the read
-    /// pointer and an earlier doorbell is an older doorbell that came late, and is ignored too.
-    pub fn doorbell(&self, wptr: u64) {
-        let shared = &self.shared;
-        let mut control = shared.lock();
-        let Some(run) = control.run.clone() else {
-            return;
-        };
-        let lost = &shared.lose_doorbells;
-        let lost = lost.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
-        if lost.is_ok() {
-            return;
-        }
-        let rptr = shared.shown.rptr.load(Ordering::Acquire);
-        let room = u64::from(run.setup.ring_size);
-        let ahead = wptr.checked_sub(rptr);
-        if ahead.is_none_or(|ahead| ahead > room) || !wptr.is_multiple_of(4) {
-            let packet = shared.shown.packets.load(Ordering::Acquire);
-            let code = QueueFault::BadDoorbell;
-            let fault = Fault {
-                code,
-                address: wptr,
-            };
-            shared.stop_with(&mut control, fault, packet);
-            shared.announce_fault();
-            return;
-        }
-        if wptr <= shared.shown.wptr.load(Ordering::Acquire) {
-            return;
-        }
-        shared.shown.wptr.store(wptr, Ordering::Release);
-        shared.show_state(QueueState::Running);
-        drop(control);
-        self.kick();
     }
 
     /// Whether doorbells have an effect.
@@ -499,7 +469,8 @@ impl Shared {
     pub(crate) fn rest(&self, run: &Run, rptr: u64) -> Result<bool, Stop> {
         let _control = self.lock();
         run.leave(self).check()?;
-        let empty = self.shown.wptr.load(Ordering::Acquire) == rptr;
+        let kicked = run.kicked.load(Ordering::SeqCst);
+        let empty = !kicked && self.shown.wptr.load(Ordering::Acquire) == rptr;
         if empty {
             self.show_state(QueueState::Idle);
         }

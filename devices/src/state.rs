@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// The version of [`GpuState`] that this crate writes and reads.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Latest time that a state may show: 292 years, so that time to come does not wrap.
 pub(crate) const LATEST: u64 = u64::MAX / 2;
 
@@ -191,6 +191,10 @@ pub struct SavedRun {
     pub ring_size: u32,
     /// `RPTR_WRITEBACK`.
     pub writeback: u64,
+    /// `WPTR_POLL`.
+    pub wptr_poll: u64,
+    /// Whether a kick came that the queue has not followed.
+    pub kicked: bool,
     /// `PRIORITY`.
     pub priority: u32,
     /// `TOKEN`.

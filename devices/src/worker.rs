@@ -203,6 +203,11 @@ fn drain(session: &mut Session<'_>, ring: &mut Ring) -> Result<(), Stop> {
     loop {
         shared.go_on(run)?;
         shared.stand_still(run)?;
+        // Taken first: a kick that comes while the pointer is read is followed again.
+        if run.kicked.swap(false, Ordering::SeqCst) {
+            let wptr = session.engine.load64(run.setup.wptr_poll)?;
+            shared.follow(run, wptr)?;
+        }
         let (rptr, wptr) = shared.pointers();
         let available = wptr.saturating_sub(rptr);
         if available == 0 {

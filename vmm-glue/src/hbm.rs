@@ -111,7 +111,7 @@ fn in_words(bytes: Option<u64>) -> String {
 #[derive(Debug)]
 pub struct HbmBacking {
     file: Arc<File>,
-    region: MmapRegion,
+    region: Arc<MmapRegion>,
     size: u64,
     id: BackingId,
     /// Where the file is, if it has a name; it is removed at the end.
@@ -217,6 +217,12 @@ impl HbmBacking {
         self.path.as_deref()
     }
 
+    /// The mapping, to show it to a guest of this process. It lasts as long as somebody holds it.
+    #[must_use]
+    pub fn mapping(&self) -> Arc<MmapRegion> {
+        Arc::clone(&self.region)
+    }
+
     /// Removes the file's name now, if it has one. The memory stays until the last owner lets go of it.
     pub fn remove_name(&self) {
         if let Some(path) = &self.path
@@ -246,7 +252,7 @@ impl HbmBacking {
             .map_err(|error| host(io::Error::other(error)))?;
         Ok(Self {
             file,
-            region,
+            region: Arc::new(region),
             size,
             id,
             path: named.0.take(),

@@ -25,7 +25,7 @@ use crate::control::{self, Control, Desk};
 use crate::hbm::{HbmBacking, HbmError};
 use crate::sandbox::Sandbox;
 use crate::scenario::{Runner, Scenario};
-use crate::vfio_user::{Listener, SecondClient, Server, ServerError, Stopper};
+use crate::vfio_user::{Listener, Policy, Polling, SecondClient, Server, ServerError, Stopper};
 
 /// Why a machine's GPUs cannot be served.
 #[derive(Debug, Error)]
@@ -99,11 +99,16 @@ fn timing(described: Timing) -> TimingMode {
 
 /// GPUs that wait for a VMM, one socket each.
 pub struct Instance {
-    // In the order in which they are dropped: whoever injects goes before the GPUs; a server uses its GPU, and a GPU
-    // its HBM.
+    // In the order in which they are dropped: whoever injects goes before the GPUs; a server uses its GPU.
     control: Option<Control>,
     runner: Option<Runner>,
     servers: Vec<Server>,
+    gpus: Gpus,
+}
+
+/// A machine's GPUs and their HBM, for a VMM in this process to plug in (see [`crate::kvm`]).
+pub struct Gpus {
+    // A GPU uses its HBM.
     gpus: Vec<Arc<Gpu>>,
     hbm: Vec<HbmFile>,
 }
@@ -113,8 +118,8 @@ struct HbmFile {
     /// What it is called if it has a file name, or would be.
     name: String,
     memory: Arc<HbmBacking>,
-    /// Whether the VMM makes memory of the machine of it; if not, it gets it from the GPU's socket.
-    is_memory: bool,
+    /// Where it is, if the VMM makes memory of the machine of it; if not, the VMM gets it from the GPU's socket.
+    base: Option<u64>,
 }
 
 /// A GPU's HBM as its plan has it.
@@ -149,12 +154,12 @@ impl Exposed {
         make: impl Fn(&str, u64) -> Result<HbmBacking, HbmError>,
     ) -> Result<Memory, HbmError> {
         let mut files = Vec::new();
-        let mut file = |name: String, size, is_memory| {
+        let mut file = |name: String, size, base| {
             let memory = Arc::new(make(&name, size)?);
             files.push(HbmFile {
                 name,
                 memory: Arc::clone(&memory),
-                is_memory,
+                base,
             });
             Ok::<_, HbmError>(memory)
         };
@@ -162,8 +167,8 @@ impl Exposed {
         match self.exposure {
             Exposure::Ram => {}
             Exposure::Spm => {
-                for (index, (_, size, _)) in self.hbm.iter().enumerate() {
-                    stores.push(file(Plan::hbm_file(gpu, index), *size, true)?);
+                for (index, (base, size, _)) in self.hbm.iter().enumerate() {
+                    stores.push(file(Plan::hbm_file(gpu, index), *size, Some(*base))?);
                 }
             }
             Exposure::Bar | Exposure::Private => {
@@ -171,7 +176,7 @@ impl Exposed {
                 let all = sizes
                     .iter()
                     .fold(0, |all, size| u64::saturating_add(all, *size));
-                let whole = file(aperture_file(gpu), all, false)?;
+                let whole = file(aperture_file(gpu), all, None)?;
                 let parts = whole.split(&sizes)?;
                 stores.extend(parts.into_iter().map(|part| Arc::new(part) as _));
             }
@@ -194,6 +199,103 @@ impl Exposed {
     }
 }
 
+impl Gpus {
+    /// Makes the HBM of all GPUs as the plan's backing says, or in `hbm_dir` if that is given, and the GPUs. None of them
+    /// has a thread before it is attached.
+    ///
+    /// # Errors
+    /// [`InstanceError`]; nothing is left behind then.
+    pub fn new(
+        plan: &Plan,
+        hbm_dir: Option<&Path>,
+        on_disconnect: OnDisconnect,
+    ) -> Result<Gpus, InstanceError> {
+        let fabric = Fabric::new();
+        let mut made = Gpus {
+            gpus: Vec::new(),
+            hbm: Vec::new(),
+        };
+        let backing = &plan.backing;
+        let described = backing.directory.as_ref().map(PathBuf::from);
+        let place = hbm_dir.map(Path::to_owned).or(described);
+        if place.is_none() && backing.kind == BackingKind::File {
+            return Err(InstanceError::NoDirectory);
+        }
+        for gpu in &plan.gpus {
+            let partitions = gpu.hbm.iter();
+            let exposed = Exposed {
+                exposure: gpu.exposure,
+                hbm: partitions
+                    .map(|hbm| (hbm.base, hbm.size, hbm.pxm))
+                    .collect(),
+                aperture: gpu.aperture.map(|aperture| aperture.size),
+            };
+            let memory = exposed.make(gpu, |name, size| match (&place, backing.kind) {
+                (Some(dir), _) => HbmBacking::in_dir(dir, name, size),
+                (None, BackingKind::Hugetlb) => HbmBacking::hugetlb(name, size, backing.page),
+                (None, _) => HbmBacking::memfd(name, size),
+            })?;
+            made.hbm.extend(memory.files);
+            let links = gpu.links.iter().map(|link| LinkConfig {
+                peer: link.peer_hive_node,
+                width: link.count,
+                bandwidth_mbs: link.bandwidth_mbs,
+                latency_ns: link.latency_ns,
+            });
+            let doorbells = match memory.aperture {
+                // Where one BAR is mapped, QEMU waits for the answer to each write to the others.
+                Some(_) => {
+                    let page = Arc::new(HbmBacking::memfd("doorbells", BAR_DOORBELLS_SIZE)?);
+                    let mut lent = page.split(&[BAR_DOORBELLS_SIZE])?;
+                    lent.pop().map(|page| Arc::new(page) as _)
+                }
+                None => None,
+            };
+            let config = GpuConfig {
+                doorbells,
+                hive_id: gpu.hive_id,
+                node_id: gpu.hive_node,
+                hive_size: gpu.hive_size,
+                cpu_pxm: gpu.cpu_pxm,
+                links: links.collect(),
+                aperture: memory.aperture,
+                on_disconnect,
+                timing: timing(plan.device.timing),
+                hbm_bandwidth_mbs: gpu.hbm_bandwidth_mbs,
+                hbm_latency_ns: gpu.hbm_latency_ns,
+                ..device(&plan.device, GpuConfig::new(gpu.index, memory.partitions))
+            };
+            let model =
+                Gpu::new(config, Arc::clone(&fabric)).map_err(|source| InstanceError::Gpu {
+                    gpu: gpu.id.clone(),
+                    source,
+                })?;
+            made.gpus.push(model);
+        }
+        Ok(made)
+    }
+
+    /// The GPUs, in the order of the plan.
+    #[must_use]
+    pub fn gpus(&self) -> &[Arc<Gpu>] {
+        &self.gpus
+    }
+
+    /// The HBM that is memory of the machine, with its first guest-physical address, in order of GPUs and partitions.
+    pub fn memory(&self) -> impl Iterator<Item = (u64, &Arc<HbmBacking>)> {
+        let hbm = self.hbm.iter();
+        hbm.filter_map(|hbm| Some((hbm.base?, &hbm.memory)))
+    }
+}
+
+impl Drop for Gpus {
+    fn drop(&mut self) {
+        self.gpus.clear();
+        // A GPU's threads may hold the memory a moment longer, and the process end before they let go.
+        self.hbm.iter().for_each(|hbm| hbm.memory.remove_name());
+    }
+}
+
 /// How a machine's GPUs are served.
 #[derive(Debug, Default)]
 pub struct Serving<'a> {
@@ -207,6 +309,8 @@ pub struct Serving<'a> {
     pub second_client: SecondClient,
     /// What becomes of HBM when a client goes.
     pub on_disconnect: OnDisconnect,
+    /// Whether sessions look for messages before they sleep.
+    pub polling: Polling,
 }
 
 /// GPUs with their HBM and sockets, all open; nobody is served yet, and no thread runs.
@@ -214,7 +318,7 @@ pub struct Prepared<'a> {
     instance: Instance,
     plan: &'a Plan,
     scenario: Option<&'a Scenario>,
-    second_client: SecondClient,
+    policy: Policy,
     listeners: Vec<Listener>,
     control: Listener,
 }
@@ -232,7 +336,12 @@ impl<'a> Prepared<'a> {
     ) -> Result<Prepared<'a>, InstanceError> {
         let scenario = serving.scenario;
         scenario.map_or(Ok(()), |scenario| scenario.check(plan))?;
-        let instance = Instance::with_gpus(plan, &serving)?;
+        let instance = Instance {
+            control: None,
+            runner: None,
+            servers: Vec::new(),
+            gpus: Gpus::new(plan, serving.hbm_dir, serving.on_disconnect)?,
+        };
         let mut listeners = Vec::new();
         for (index, gpu) in plan.gpus.iter().enumerate() {
             listeners.push(match serving.handed.remove(&index) {
@@ -244,7 +353,10 @@ impl<'a> Prepared<'a> {
             instance,
             plan,
             scenario,
-            second_client: serving.second_client,
+            policy: Policy {
+                second_client: serving.second_client,
+                polling: serving.polling,
+            },
             listeners,
             control: Listener::bind(socket_dir.join(control::SOCKET))?,
         })
@@ -265,13 +377,13 @@ impl<'a> Prepared<'a> {
             mut instance,
             plan,
             scenario,
-            second_client,
+            policy,
             listeners,
             control,
         } = self;
-        for (model, listener) in instance.gpus.iter().zip(listeners) {
+        for (model, listener) in instance.gpus.gpus().iter().zip(listeners) {
             let function: Arc<dyn numagpu_devices::bus::PciFunction> = Arc::<Gpu>::clone(model);
-            let server = Server::start(listener, function, second_client)?;
+            let server = Server::start(listener, function, policy)?;
             instance.servers.push(server);
         }
         instance.take_orders(plan, control, scenario, sandbox)?;
@@ -300,76 +412,6 @@ impl Instance {
         Prepared::new(plan, socket_dir, serving)?.start(&Sandbox::NONE)
     }
 
-    /// Makes all GPUs and their HBM. None of them has a thread before it is attached.
-    fn with_gpus(plan: &Plan, serving: &Serving<'_>) -> Result<Instance, InstanceError> {
-        let fabric = Fabric::new();
-        let mut instance = Instance {
-            control: None,
-            runner: None,
-            servers: Vec::new(),
-            gpus: Vec::new(),
-            hbm: Vec::new(),
-        };
-        let backing = &plan.backing;
-        let described = backing.directory.as_ref().map(PathBuf::from);
-        let place = serving.hbm_dir.map(Path::to_owned).or(described);
-        if place.is_none() && backing.kind == BackingKind::File {
-            return Err(InstanceError::NoDirectory);
-        }
-        for gpu in &plan.gpus {
-            let partitions = gpu.hbm.iter();
-            let exposed = Exposed {
-                exposure: gpu.exposure,
-                hbm: partitions
-                    .map(|hbm| (hbm.base, hbm.size, hbm.pxm))
-                    .collect(),
-                aperture: gpu.aperture.map(|aperture| aperture.size),
-            };
-            let memory = exposed.make(gpu, |name, size| match (&place, backing.kind) {
-                (Some(dir), _) => HbmBacking::in_dir(dir, name, size),
-                (None, BackingKind::Hugetlb) => HbmBacking::hugetlb(name, size, backing.page),
-                (None, _) => HbmBacking::memfd(name, size),
-            })?;
-            instance.hbm.extend(memory.files);
-            let links = gpu.links.iter().map(|link| LinkConfig {
-                peer: link.peer_hive_node,
-                width: link.count,
-                bandwidth_mbs: link.bandwidth_mbs,
-                latency_ns: link.latency_ns,
-            });
-            let doorbells = match memory.aperture {
-                // Where one BAR is mapped, QEMU waits for the answer to each write to the others.
-                Some(_) => {
-                    let page = Arc::new(HbmBacking::memfd("doorbells", BAR_DOORBELLS_SIZE)?);
-                    let mut lent = page.split(&[BAR_DOORBELLS_SIZE])?;
-                    lent.pop().map(|page| Arc::new(page) as _)
-                }
-                None => None,
-            };
-            let config = GpuConfig {
-                doorbells,
-                hive_id: gpu.hive_id,
-                node_id: gpu.hive_node,
-                hive_size: gpu.hive_size,
-                cpu_pxm: gpu.cpu_pxm,
-                links: links.collect(),
-                aperture: memory.aperture,
-                on_disconnect: serving.on_disconnect,
-                timing: timing(plan.device.timing),
-                hbm_bandwidth_mbs: gpu.hbm_bandwidth_mbs,
-                hbm_latency_ns: gpu.hbm_latency_ns,
-                ..device(&plan.device, GpuConfig::new(gpu.index, memory.partitions))
-            };
-            let model =
-                Gpu::new(config, Arc::clone(&fabric)).map_err(|source| InstanceError::Gpu {
-                    gpu: gpu.id.clone(),
-                    source,
-                })?;
-            instance.gpus.push(model);
-        }
-        Ok(instance)
-    }
-
     /// Answers on the control socket and begins to play the scenario.
     fn take_orders(
         &mut self,
@@ -379,7 +421,7 @@ impl Instance {
         sandbox: &Sandbox,
     ) -> Result<(), InstanceError> {
         let names = plan.gpus.iter().map(|gpu| gpu.id.clone());
-        let gpus = names.zip(self.gpus.iter().map(Arc::clone));
+        let gpus = names.zip(self.gpus.gpus().iter().map(Arc::clone));
         let desk = Desk::new(&plan.name, gpus.collect()).in_sandbox(sandbox);
         let desk = Arc::new(desk);
         if let Some(scenario) = scenario {
@@ -397,6 +439,12 @@ impl Instance {
         move || servers.iter().for_each(Stopper::wait)
     }
 
+    /// The GPUs and their HBM.
+    #[must_use]
+    pub fn gpus(&self) -> &Gpus {
+        &self.gpus
+    }
+
     /// The sockets, in order of GPUs.
     pub fn sockets(&self) -> impl Iterator<Item = &Path> {
         self.servers.iter().map(Server::path)
@@ -404,18 +452,22 @@ impl Instance {
 
     /// What each GPU says of itself.
     pub fn status(&self) -> Vec<GpuStatus> {
-        self.gpus.iter().map(|gpu| gpu.status()).collect()
+        self.gpus.gpus().iter().map(|gpu| gpu.status()).collect()
     }
 
     /// Names and descriptors of all HBM that has no file name, in order of GPUs and partitions.
     pub fn unnamed_hbm(&self) -> impl Iterator<Item = (&str, BorrowedFd<'_>)> {
-        let unnamed = self.hbm.iter().filter(|hbm| hbm.memory.path().is_none());
+        let unnamed = self
+            .gpus
+            .hbm
+            .iter()
+            .filter(|hbm| hbm.memory.path().is_none());
         unnamed.map(|hbm| (hbm.name.as_str(), hbm.memory.as_fd()))
     }
 
     /// Directories with HBM files, which are removed at the end; a directory may come several times.
     pub fn hbm_directories(&self) -> impl Iterator<Item = PathBuf> {
-        let paths = self.hbm.iter().filter_map(|hbm| hbm.memory.path());
+        let paths = self.gpus.hbm.iter().filter_map(|hbm| hbm.memory.path());
         paths.filter_map(|path| match path.parent() {
             // A relative name without a directory.
             Some(parent) if parent.as_os_str().is_empty() => Some(PathBuf::from(".")),
@@ -445,8 +497,7 @@ impl Instance {
     }
 
     fn machine_memory(&self) -> impl Iterator<Item = &Arc<HbmBacking>> {
-        let memory = self.hbm.iter().filter(|hbm| hbm.is_memory);
-        memory.map(|hbm| &hbm.memory)
+        self.gpus.memory().map(|(_, memory)| memory)
     }
 }
 
@@ -455,9 +506,6 @@ impl Drop for Instance {
         self.control = None;
         self.runner = None;
         self.servers.clear();
-        self.gpus.clear();
-        // A GPU's threads may hold the memory a moment longer, and the process end before they let go.
-        self.hbm.iter().for_each(|hbm| hbm.memory.remove_name());
     }
 }
 
@@ -527,7 +575,7 @@ mod tests {
         let gpu = planned();
         let name = |index| Plan::hbm_file(&gpu, index);
         assert_eq!(sizes, [(name(0), MIB), (name(1), 2 * MIB)]);
-        assert!(files.iter().all(|file| file.is_memory));
+        assert!(files.iter().all(|file| file.base.is_some()));
         let pxm: Vec<_> = config.partitions.iter().map(|it| it.pxm).collect();
         assert_eq!(pxm, [Some(7), None]);
         assert_eq!(config.aperture, None);
@@ -538,7 +586,7 @@ mod tests {
         for (exposure, coherent) in [(Exposure::Bar, true), (Exposure::Private, false)] {
             let (sizes, files, config) = made(exposure, Some(4 * MIB));
             assert_eq!(sizes, [(aperture_file(&planned()), 3 * MIB)]);
-            assert!(!files.iter().any(|file| file.is_memory));
+            assert!(!files.iter().any(|file| file.base.is_some()));
             let size = 4 * MIB;
             assert_eq!(config.aperture, Some(ApertureConfig { size, coherent }));
             let backings = config.partitions.iter().map(|it| it.store.backing());

@@ -6,9 +6,11 @@
 //! | [`hbm`] | the memory that backs HBM, shared by device and VMM |
 //! | [`assets`] | the QEMU, firmware and kernels that `cargo xtask guest` provides |
 //! | [`instance`] | a machine's GPUs and their sockets |
+//! | [`kvm`] | the same GPUs in a VMM of one's own: memory slots, memory exits, irqfd, ioeventfd |
 //! | [`control`] | driving a running instance from outside: status, faults on demand |
 //! | [`scenario`] | faults that come by themselves, from a file |
 //! | [`mod@run`] | boots a guest with a planned machine and hears what it saw |
+//! | [`selftest`] | whether this build works on this host, without QEMU |
 //! | [`emulator`], [`qmp`] | what a QEMU can do, and talking to one that runs |
 //! | [`run_dir`] | a private directory for a run's sockets, swept after a run that was killed |
 //! | [`sandbox`] | what a serving process gives up once all is open |
@@ -20,11 +22,13 @@ pub mod control;
 pub mod emulator;
 pub mod hbm;
 pub mod instance;
+pub mod kvm;
 pub mod qmp;
 pub mod run;
 pub mod run_dir;
 pub mod sandbox;
 pub mod scenario;
+pub mod selftest;
 pub mod service;
 pub mod sys;
 pub mod vfio_user;

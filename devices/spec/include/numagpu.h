@@ -37,8 +37,10 @@
 #define NUMAGPU_MSIX_TABLE_OFFSET 0u
 /* Offset of the MSI-X pending bit array in `BAR_MSIX`, on a page of its own. */
 #define NUMAGPU_MSIX_PBA_OFFSET 0x1000u
-/* Bytes between the doorbells of two queues. */
+/* Bytes between the doorbells of two queues, and between their kicks. */
 #define NUMAGPU_DOORBELL_STRIDE 8u
+/* Offset of the kicks in `BAR_DOORBELLS`. */
+#define NUMAGPU_KICK_OFFSET 0x800u
 /* MSI-X vector of faults and ownership events. */
 #define NUMAGPU_VECTOR_EVENTS 0u
 /* MSI-X vector of queue 0; queue `q` has `VECTOR_QUEUE0 + q`. */
@@ -54,7 +56,7 @@
 /* Value of `IDENTITY.MAGIC`: `NGPU` in ASCII, little-endian. */
 #define NUMAGPU_MAGIC 0x5550474eu
 /* Value of `IDENTITY.VERSION`: major in the upper half, minor in the lower. A driver refuses another major. */
-#define NUMAGPU_VERSION 0x20000u
+#define NUMAGPU_VERSION 0x20001u
 /* `CONTROL` bit that starts the boot. */
 #define NUMAGPU_BOOT_START 1u
 /* Value of `LINK.PEER` for the link to the CPU. */
@@ -188,7 +190,7 @@
 /* IDENTITY_VERSION: register map version, major << 16 | minor; RO */
 #define NUMAGPU_IDENTITY_VERSION 4u
 #define NUMAGPU_IDENTITY_VERSION_BYTES 4u
-#define NUMAGPU_IDENTITY_VERSION_RESET 0x20000u
+#define NUMAGPU_IDENTITY_VERSION_RESET 0x20001u
 /* IDENTITY_CAPS: capability bits; RO */
 #define NUMAGPU_IDENTITY_CAPS 8u
 #define NUMAGPU_IDENTITY_CAPS_BYTES 8u
@@ -515,6 +517,10 @@
 /* QUEUE_STAMP_END_NS: when it ended; RO */
 #define NUMAGPU_QUEUE_STAMP_END_NS(i) (0x8068u + 0x100u * (i))
 #define NUMAGPU_QUEUE_STAMP_END_NS_BYTES 8u
+/* QUEUE_WPTR_POLL: address of the write pointer that a kick reads, 0 = nowhere; taken over when the queue is enabled; RW 0xfffffffffffffff8 */
+#define NUMAGPU_QUEUE_WPTR_POLL(i) (0x8070u + 0x100u * (i))
+#define NUMAGPU_QUEUE_WPTR_POLL_BYTES 8u
+#define NUMAGPU_QUEUE_WPTR_POLL_WRITABLE 0xfffffffffffffff8ull
 
 /* DOORBELL, BAR 2: doorbells of the copy queues */
 #define NUMAGPU_BLOCK_DOORBELL_BAR 2u
@@ -525,6 +531,16 @@
 #define NUMAGPU_DOORBELL_WPTR(i) (0u + 8u * (i))
 #define NUMAGPU_DOORBELL_WPTR_BYTES 8u
 #define NUMAGPU_DOORBELL_WPTR_WRITABLE 0xffffffffffffffffull
+
+/* KICK, BAR 2: doorbells without a value */
+#define NUMAGPU_BLOCK_KICK_BAR 2u
+#define NUMAGPU_BLOCK_KICK_BASE 0x800u
+#define NUMAGPU_BLOCK_KICK_STRIDE 8u
+#define NUMAGPU_BLOCK_KICK_COUNT 8u
+/* KICK_KICK: writing anything: the queue reads its write pointer from WPTR_POLL; RW, hidden, acts */
+#define NUMAGPU_KICK_KICK(i) (0x800u + 8u * (i))
+#define NUMAGPU_KICK_KICK_BYTES 4u
+#define NUMAGPU_KICK_KICK_WRITABLE 0xffffffffu
 
 /* MSIX, BAR 1: MSI-X table, kept for VMMs that do not emulate it */
 #define NUMAGPU_BLOCK_MSIX_BAR 1u
@@ -556,6 +572,8 @@
 #define NUMAGPU_CAPS_PARTITION_MODES 8u
 /* Time stamps are those of a model, see `CLOCK.MODE`. */
 #define NUMAGPU_CAPS_MODELLED_TIME 0x10u
+/* Queues have `kick` and `QUEUE.WPTR_POLL`. */
+#define NUMAGPU_CAPS_KICKS 0x20u
 
 /* Bits of `IRQ.STATUS` and `IRQ.ENABLE`. */
 /* A queue stopped with a fault; vector `VECTOR_EVENTS`. */

@@ -29,8 +29,10 @@ pub const MSIX_TABLE_OFFSET: u32 = 0;
 /// Offset of the MSI-X pending bit array in [`BAR_MSIX`], on a page of its own.
 pub const MSIX_PBA_OFFSET: u32 = 0x1000;
 
-/// Bytes between the doorbells of two queues.
+/// Bytes between the doorbells of two queues, and between their kicks.
 pub const DOORBELL_STRIDE: u64 = 8;
+/// Offset of the kicks in [`BAR_DOORBELLS`].
+pub const KICK_OFFSET: u32 = 0x800;
 
 /// MSI-X vector of faults and ownership events.
 pub const VECTOR_EVENTS: u16 = 0;
@@ -65,6 +67,35 @@ pub mod doorbell {
     };
 }
 
+/// Blocks of [`BAR_DOORBELLS`]: one kick for each queue.
+pub mod kick {
+    use crate::table::Width::W4;
+    use crate::table::{Block, Reg};
+    /// A write of anything makes the queue take its write pointer from `QUEUE.WPTR_POLL`; reads as zero. A VMM need not
+    /// carry the value, so it can carry the kick by an event.
+    pub const KICK: Reg = Reg::rw(
+        "KICK",
+        0,
+        W4,
+        "writing anything: the queue reads its write pointer from WPTR_POLL",
+    )
+    .effect()
+    .hidden();
+    /// The block.
+    pub const BLOCK: Block = Block {
+        name: "KICK",
+        base: super::KICK_OFFSET,
+        #[allow(clippy::cast_possible_truncation, reason = "8 bytes")]
+        stride: super::DOORBELL_STRIDE as u32,
+        count: crate::regs::MAX_QUEUES,
+        regs: &[KICK],
+        doc: "doorbells without a value",
+    };
+}
+
+/// Every block of [`BAR_DOORBELLS`], ascending.
+pub const DOORBELL_BLOCKS: &[crate::table::Block] = &[doorbell::BLOCK, kick::BLOCK];
+
 /// Blocks of [`BAR_MSIX`] (PCI Local Bus 3.0 section 6.8.2).
 pub mod msix {
     use crate::table::Width::{W4, W8};
@@ -90,7 +121,7 @@ pub mod msix {
 
 #[allow(clippy::cast_possible_truncation, reason = "one and two pages")]
 const _: () = {
-    crate::table::check(&[doorbell::BLOCK], BAR_DOORBELLS_SIZE as u32);
+    crate::table::check(DOORBELL_BLOCKS, BAR_DOORBELLS_SIZE as u32);
     crate::table::check(&[msix::BLOCK], BAR_MSIX_SIZE as u32);
 };
 

@@ -97,7 +97,9 @@ fn every_macro_has_the_value_of_its_table() {
     for one in regs::BLOCKS {
         block(&mut program, pci::BAR_REGISTERS, one);
     }
-    block(&mut program, pci::BAR_DOORBELLS, &pci::doorbell::BLOCK);
+    for one in pci::DOORBELL_BLOCKS {
+        block(&mut program, pci::BAR_DOORBELLS, one);
+    }
     block(&mut program, pci::BAR_MSIX, &pci::msix::BLOCK);
     for packet in sdma::PACKETS {
         let first = u64::from(packet.op) | u64::from(packet.sub_op) << 8;

@@ -44,6 +44,7 @@ impl Gpu {
             pauses: _,
             config: _,
             layout: _,
+            kicks: _,
             lifecycle: _,
             judging: _,
             config_space,

@@ -24,7 +24,7 @@ use self::pages::{DoorbellPage, MsixPage};
 pub use self::state::Pause;
 use crate::aperture::Aperture;
 use crate::boot::Boot;
-use crate::bus::{Attachment, FunctionLayout, PciFunction, ResetKind};
+use crate::bus::{Attachment, FunctionLayout, Kick, PciFunction, ResetKind};
 use crate::clock::{Clock as _, MovedClock};
 use crate::config::{GpuConfig, GpuError};
 use crate::config_space::{CONFIG_SIZE, Capabilities, ConfigSpace, MsixPlace};
@@ -47,7 +47,7 @@ use crate::timing::Timing;
 type Map = LazyLock<Result<RegisterMap, TableError>>;
 static REGISTERS: Map = LazyLock::new(|| RegisterMap::new(regs::BLOCKS, pci::BAR_REGISTERS_SIZE));
 static DOORBELLS: Map =
-    LazyLock::new(|| RegisterMap::new(&[pci::doorbell::BLOCK], pci::BAR_DOORBELLS_SIZE));
+    LazyLock::new(|| RegisterMap::new(pci::DOORBELL_BLOCKS, pci::BAR_DOORBELLS_SIZE));
 static MSIX: Map = LazyLock::new(|| RegisterMap::new(&[pci::msix::BLOCK], pci::BAR_MSIX_SIZE));
 
 /// Snapshot of a link.
@@ -108,6 +108,7 @@ pub struct Gpu {
     // Static configuration.
     config: GpuConfig,
     layout: FunctionLayout,
+    kicks: Vec<Kick>,
     // Volatile state.
     pub(crate) lifecycle: Mutex<()>,
     judging: Mutex<()>,
@@ -190,6 +191,12 @@ impl Gpu {
                 config_size: u32::try_from(CONFIG_SIZE).unwrap_or(4096),
                 msix_vectors: pci::VECTOR_COUNT,
             },
+            kicks: (0..u64::from(config.queues))
+                .map(|queue| Kick {
+                    bar: pci::BAR_DOORBELLS,
+                    offset: u64::from(pci::KICK_OFFSET) + queue * pci::DOORBELL_STRIDE,
+                })
+                .collect(),
             dma_allowed: bus_master,
             registers,
             doorbells,
@@ -355,6 +362,7 @@ impl Gpu {
             ring_base: get(&queue::RING_BASE),
             ring_size: u32::try_from(get(&queue::RING_SIZE)).unwrap_or(0),
             writeback: get(&queue::RPTR_WRITEBACK),
+            wptr_poll: get(&queue::WPTR_POLL),
             priority: u32::try_from(get(&queue::PRIORITY)).unwrap_or(0),
             reach: self.reach(get(&queue::TOKEN)),
         }
@@ -491,6 +499,10 @@ impl PciFunction for Gpu {
             (pci::BAR_DOORBELLS, Some(page)) => page.file(),
             _ => self.aperture_at(bar)?.file(),
         }
+    }
+
+    fn kicks(&self) -> &[Kick] {
+        &self.kicks
     }
 
     fn reset(&self, kind: ResetKind) {

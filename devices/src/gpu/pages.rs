@@ -1,9 +1,11 @@
 //! The doorbell page and the MSI-X page.
 
+use numagpu_spec::pci;
+
 use super::Gpu;
 use crate::registers::{RegisterAt, RegisterDevice};
 
-/// The doorbell page: writes that touch the low half of a doorbell ring it.
+/// The doorbell page: writes that touch the low half of a doorbell ring it, and any that touch a kick.
 pub(super) struct DoorbellPage<'g>(pub(super) &'g Gpu);
 
 impl RegisterDevice for DoorbellPage<'_> {
@@ -12,9 +14,12 @@ impl RegisterDevice for DoorbellPage<'_> {
     }
 
     fn written(&self, at: RegisterAt, value: u64, lanes: u64) {
-        if lanes & 0xffff_ffff != 0
-            && let Some(target) = self.0.queues.get(at.instance as usize)
-        {
+        let Some(target) = self.0.queues.get(at.instance as usize) else {
+            return;
+        };
+        if at.is(&pci::kick::BLOCK, &pci::kick::KICK) {
+            target.doorbell_in_memory();
+        } else if lanes & 0xffff_ffff != 0 {
             target.doorbell(value);
         }
     }

@@ -1,6 +1,6 @@
 //! Pausing a queue between two packets, and its state while it is paused.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
@@ -73,6 +73,8 @@ impl Queue {
             ring_base: run.setup.ring_base,
             ring_size: run.setup.ring_size,
             writeback: run.setup.writeback,
+            wptr_poll: run.setup.wptr_poll,
+            kicked: run.kicked.load(Ordering::SeqCst),
             priority: run.setup.priority,
             token: run.setup.reach.token,
             time_offset: run.time_offset.load(Ordering::Acquire),
@@ -161,12 +163,14 @@ impl Queue {
                     ring_base: run.ring_base,
                     ring_size: run.ring_size,
                     writeback: run.writeback,
+                    wptr_poll: run.wptr_poll,
                     priority: run.priority,
                     reach,
                 },
                 time_offset: AtomicU64::new(run.time_offset),
                 reached_ns: AtomicU64::new(run.reached_ns),
                 seen_wptr: AtomicU64::new(run.seen_wptr),
+                kicked: AtomicBool::new(run.kicked),
             })
         });
         state.store(saved.state, Ordering::Release);
@@ -191,6 +195,7 @@ impl Queue {
                 time_offset: AtomicU64::new(run.time_offset.load(Ordering::Acquire)),
                 reached_ns: AtomicU64::new(run.reached_ns.load(Ordering::Acquire)),
                 seen_wptr: AtomicU64::new(run.seen_wptr.load(Ordering::Acquire)),
+                kicked: AtomicBool::new(run.kicked.load(Ordering::SeqCst)),
             }));
         }
         drop(control);
@@ -235,6 +240,13 @@ impl SavedQueue {
         }
         if !run.writeback.is_multiple_of(8) {
             return Err(bad("RPTR_WRITEBACK of queue", run.writeback));
+        }
+        if !run.wptr_poll.is_multiple_of(8) {
+            return Err(bad("WPTR_POLL of queue", run.wptr_poll));
+        }
+        // Who follows a kick is seen to run.
+        if run.kicked && (run.wptr_poll == 0 || state != QueueState::Running) {
+            return Err(bad("kick of queue", run.wptr_poll));
         }
         if run.priority > 3 {
             return Err(bad("priority of queue", run.priority.into()));

@@ -62,7 +62,7 @@ fn caps(machine: &Machine) -> Caps {
 fn the_aperture_is_told_of_everywhere() {
     for coherent in [true, false] {
         let machine = machine(coherent);
-        let expected = Caps::HBM_APERTURE | Caps::PEER_COPY | Caps::PARTITION_MODES;
+        let expected = Caps::HBM_APERTURE | Caps::PEER_COPY | Caps::PARTITION_MODES | Caps::KICKS;
         let coherent = if coherent {
             Caps::COHERENT_HBM
         } else {
@@ -107,7 +107,7 @@ fn the_aperture_is_told_of_everywhere() {
     let plain = Machine::new();
     assert_eq!(
         caps(&plain),
-        Caps::COHERENT_HBM | Caps::PEER_COPY | Caps::PARTITION_MODES
+        Caps::COHERENT_HBM | Caps::PEER_COPY | Caps::PARTITION_MODES | Caps::KICKS
     );
     assert_eq!(plain.gpus[0].layout().bars.len(), 3);
     plain.gpus[0].bar_write(APERTURE, 0, &[1; 8]);
@@ -240,7 +240,7 @@ fn what_is_given_up_reads_as_zeros() {
 #[test]
 fn a_gpu_without_hbm_works_in_ram() {
     let machine = Machine::of(|config| config.partitions.clear());
-    assert_eq!(caps(&machine), Caps::PEER_COPY);
+    assert_eq!(caps(&machine), Caps::PEER_COPY | Caps::KICKS);
     let count = machine.read(0, &identity::BLOCK, 0, &identity::PARTITION_COUNT);
     assert_eq!(count, 0);
     for gpu in 0..3 {

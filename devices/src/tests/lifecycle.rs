@@ -20,7 +20,7 @@ fn the_register_map_describes_the_machine() {
     let one = |block, reg| machine.read(1, block, 0, reg);
     let id = &identity::BLOCK;
     assert_eq!(one(id, &identity::MAGIC), u64::from(regs::MAGIC));
-    assert_eq!(one(id, &identity::CAPS), 0b1011);
+    assert_eq!(one(id, &identity::CAPS), 0b10_1011);
     assert_eq!(one(id, &identity::PACKETS), 0x2d67);
     assert_eq!(one(id, &identity::GPU_INDEX), 1);
     assert_eq!(one(id, &identity::PARTITION_COUNT), 2);

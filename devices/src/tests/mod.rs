@@ -11,6 +11,7 @@ mod doorbells;
 mod faults;
 mod fuzz;
 mod inject;
+mod kicks;
 mod lifecycle;
 mod model;
 mod ownership;

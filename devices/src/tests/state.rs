@@ -174,6 +174,35 @@ fn all_that_can_be_read_is_the_same_after_a_restore() {
 }
 
 #[test]
+fn a_kick_that_was_not_followed_is_followed_after_a_restore() {
+    let mut machine = Machine::ready();
+    machine.set_queue(0, 1, &queue::WPTR_POLL, WORD);
+    machine.enable(0, 1, TOKEN);
+    let words = fence(FENCE, 0x4b1c);
+    for (at, word) in (ring(0, 1)..).step_by(4).zip(words) {
+        machine.poke(at, &word.to_le_bytes());
+    }
+    machine.poke(WORD, &16_u64.to_le_bytes());
+    let pause = machine.gpus[0].pause().unwrap();
+    let offset = u64::from(pci::KICK_OFFSET) + pci::DOORBELL_STRIDE;
+    machine.gpus[0].bar_write(pci::BAR_DOORBELLS, offset, &[1]);
+    let state = pause.finish();
+    machine.renew(0);
+    machine.attach(0);
+    assert_eq!(machine.peek32(FENCE), 0);
+    machine.gpus[0].restore(&text_and_back(&state)).unwrap();
+    wait(|| machine.peek32(FENCE) == 0x4b1c);
+    assert_eq!(machine.settle(0, 1), QueueState::Idle);
+    // A state in which nobody would follow the kick is none.
+    let mut bad = state.clone();
+    bad.queues[1].run.as_mut().unwrap().wptr_poll = 0;
+    machine.renew(0);
+    assert!(machine.gpus[0].restore(&bad).is_err());
+    bad.queues[1].run.as_mut().unwrap().wptr_poll = WORD + 4;
+    assert!(machine.gpus[0].restore(&bad).is_err());
+}
+
+#[test]
 fn a_mode_of_partitions_and_its_owners_are_kept() {
     let mut machine = Machine::ready();
     machine.write(0, &topology::BLOCK, 0, &topology::PARTITION_REQUEST, 4);
@@ -536,7 +565,7 @@ fn states_of_other_gpus_and_devices_in_use_are_refused_with_numbers() {
     };
     assert_eq!(
         with(&|it| it.version = 9),
-        "the state has version 9, this device reads 1"
+        "the state has version 9, this device reads 2"
     );
     assert_eq!(
         with(&|it| it.shape.queues = 3),

@@ -2,3 +2,4 @@
 
 pub mod child;
 pub mod inherited;
+pub mod memory_slot;

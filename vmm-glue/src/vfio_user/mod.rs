@@ -36,7 +36,7 @@ pub mod wire;
 
 pub use listener::{HandedError, Listener};
 pub use polling::Polling;
-pub use server::{SecondClient, Server, ServerError, Stopper};
+pub use server::{Policy, SecondClient, Server, ServerError, Stopper};
 
 /// Most data bytes of one region access (`max_data_xfer_size`), which is the specification's default.
 pub const MAX_TRANSFER: usize = 1 << 20;

@@ -52,7 +52,7 @@ fn numbers() -> Vec<Value> {
         "" pci {
             VENDOR_ID DEVICE_ID CLASS_CODE
             BAR_REGISTERS BAR_REGISTERS_SIZE BAR_MSIX BAR_MSIX_SIZE BAR_DOORBELLS BAR_DOORBELLS_SIZE BAR_APERTURE
-            MSIX_TABLE_OFFSET MSIX_PBA_OFFSET DOORBELL_STRIDE VECTOR_EVENTS VECTOR_QUEUE0 VECTOR_COUNT
+            MSIX_TABLE_OFFSET MSIX_PBA_OFFSET DOORBELL_STRIDE KICK_OFFSET VECTOR_EVENTS VECTOR_QUEUE0 VECTOR_COUNT
         }
         "" regs {
             MAX_PARTITIONS MAX_QUEUES MAX_LINKS MAGIC VERSION BOOT_START LINK_PEER_CPU NO_PXM
@@ -107,10 +107,10 @@ fn flags() -> Vec<(&'static str, Names)> {
 /// Every block, with the BAR that it is in.
 fn blocks() -> impl Iterator<Item = (u8, &'static Block)> {
     let registers = regs::BLOCKS.iter().map(|block| (pci::BAR_REGISTERS, block));
-    registers.chain([
-        (pci::BAR_DOORBELLS, &pci::doorbell::BLOCK),
-        (pci::BAR_MSIX, &pci::msix::BLOCK),
-    ])
+    let doorbells = pci::DOORBELL_BLOCKS.iter();
+    registers
+        .chain(doorbells.map(|block| (pci::BAR_DOORBELLS, block)))
+        .chain([(pci::BAR_MSIX, &pci::msix::BLOCK)])
 }
 
 /// The header.

@@ -31,7 +31,9 @@ pub fn page(root: &Path) -> Result<String> {
         page += &block(one);
     }
     page += "\n## Doorbells (BAR 2)\n";
-    page += &block(&pci::doorbell::BLOCK);
+    for one in pci::DOORBELL_BLOCKS {
+        page += &block(one);
+    }
     page += "\n## MSI-X (BAR 1)\n\n";
     page += &format!(
         "The table is at {:#x}, the pending bits are at {:#x}. Vector {} tells of faults and \

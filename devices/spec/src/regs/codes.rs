@@ -57,6 +57,8 @@ bitflags! {
         const PARTITION_MODES = 1 << 3;
         /// Time stamps are those of a model, see `CLOCK.MODE`.
         const MODELLED_TIME = 1 << 4;
+        /// Queues have [`crate::pci::kick`] and `QUEUE.WPTR_POLL`.
+        const KICKS = 1 << 5;
     }
 }
 

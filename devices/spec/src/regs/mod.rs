@@ -30,7 +30,7 @@ pub const MAX_LINKS: u32 = 32;
 /// Value of `IDENTITY.MAGIC`: `NGPU` in ASCII, little-endian.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"NGPU");
 /// Value of `IDENTITY.VERSION`: major in the upper half, minor in the lower. A driver refuses another major.
-pub const VERSION: u32 = 0x0002_0000;
+pub const VERSION: u32 = 0x0002_0001;
 
 /// `CONTROL` bit that starts the boot.
 pub const BOOT_START: u32 = 1;

@@ -88,6 +88,15 @@ pub const STAMP_START_NS: Reg = Reg::ro(
 );
 /// When it ended.
 pub const STAMP_END_NS: Reg = Reg::ro("STAMP_END_NS", 0x68, W8, "when it ended");
+/// Address of a 64-bit write pointer that a kick reads, in bytes as a doorbell has it; a multiple of 8, 0 = nowhere.
+/// Taken over by enable.
+pub const WPTR_POLL: Reg = Reg::rw(
+    "WPTR_POLL",
+    0x70,
+    W8,
+    "address of the write pointer that a kick reads, 0 = nowhere; taken over when the queue is enabled",
+)
+.writable(!7);
 /// The block.
 pub const BLOCK: Block = Block {
     name: "QUEUE",
@@ -112,6 +121,7 @@ pub const BLOCK: Block = Block {
         BUSY_NS,
         STAMP_START_NS,
         STAMP_END_NS,
+        WPTR_POLL,
     ],
     doc: "copy queues",
 };

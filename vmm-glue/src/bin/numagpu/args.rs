@@ -27,6 +27,9 @@ pub enum Command {
     Serve(ServeArgs),
     /// Boot a Linux guest with a machine's GPUs and show what it sees beside what was planned.
     Run(RunArgs),
+    /// Test this build on this host, without QEMU: a client in this process drives a GPU over vfio-user, and where there is
+    /// KVM, a guest of our own drives one that is plugged into its virtual machine.
+    Selftest(SelftestArgs),
     /// Show what the GPUs of a running instance are doing.
     Status(StatusArgs),
     /// Make a fault happen in a running instance.
@@ -57,6 +60,17 @@ pub struct SchemaArgs {
     /// Of what.
     #[arg(value_enum, default_value = "machine")]
     pub of: FileKind,
+}
+
+/// Arguments of `selftest`.
+#[derive(clap::Args)]
+pub struct SelftestArgs {
+    /// KVM's device.
+    #[arg(long, value_name = "PATH", default_value = "/dev/kvm")]
+    pub kvm: PathBuf,
+    /// Fail where there is no KVM, instead of skipping that part.
+    #[arg(long)]
+    pub require_kvm: bool,
 }
 
 /// Arguments of `status`.
@@ -219,6 +233,17 @@ pub enum OnDisconnect {
     Keep,
 }
 
+/// Whether the server looks for a client's next message before it sleeps.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Polling {
+    /// It sleeps until one comes
+    Off,
+    /// It looks for up to 50 us while messages come soon after one another
+    Auto,
+    /// It looks for 1 ms after each
+    Always,
+}
+
 /// A socket that `serve` was started with.
 #[derive(Clone)]
 pub struct Handed {
@@ -275,6 +300,9 @@ pub struct ServeArgs {
     /// What becomes of HBM when a client goes, or is killed. It has no owner then in either case.
     #[arg(long, value_enum, value_name = "POLICY", default_value = "scrub")]
     pub hbm_on_disconnect: OnDisconnect,
+    /// Whether the server looks for a client's next message before it sleeps: answers come sooner, and a core is busy.
+    #[arg(long, value_enum, value_name = "MODE", default_value = "off")]
+    pub polling: Polling,
 }
 
 /// Arguments of `run`.

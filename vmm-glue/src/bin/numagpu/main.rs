@@ -5,6 +5,7 @@ mod boot;
 mod control;
 mod handed;
 mod machine;
+mod selftest;
 mod serve;
 
 use std::fmt::Display;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan(&args),
         Command::Serve(args) => serve::serve(&args),
         Command::Run(args) => boot::run(&args),
+        Command::Selftest(args) => selftest::selftest(&args),
         Command::Status(args) => control::status(&args),
         Command::Inject(args) => control::inject(&args),
         Command::Schema(args) => print_schema(args.of),

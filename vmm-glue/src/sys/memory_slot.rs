@@ -1,0 +1,93 @@
+//! Memory slots of a KVM virtual machine that own the memory they show.
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use vm_memory::MmapRegion;
+
+/// A memory slot (`KVM_SET_USER_MEMORY_REGION`). The guest has the memory until this is dropped.
+pub struct MemorySlot {
+    vm: Arc<VmFd>,
+    number: u32,
+    base: u64,
+    /// None once it was given up.
+    memory: Option<Arc<MmapRegion>>,
+}
+
+impl MemorySlot {
+    /// Shows `memory` at the guest-physical address `base`; for reading only if it is mapped so.
+    ///
+    /// # Errors
+    /// The host's: `EINVAL` for an address that is no multiple of the page size or a number that is too high, `EEXIST`
+    /// where another slot is in the way.
+    pub fn new(
+        vm: Arc<VmFd>,
+        number: u32,
+        base: u64,
+        memory: Arc<MmapRegion>,
+    ) -> Result<MemorySlot, kvm_ioctls::Error> {
+        let read_only = memory.prot() & libc::PROT_WRITE == 0;
+        let region = kvm_userspace_memory_region {
+            slot: number,
+            flags: if read_only { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: base,
+            memory_size: memory.size() as u64,
+            userspace_addr: memory.as_ptr() as u64,
+        };
+        // SAFETY: the range is that of a live mapping, which nothing unmaps before its last `Arc` is dropped. The
+        // `Arc` in this value is dropped only after the slot is gone (`Drop`), or never. This process reaches the memory
+        // by volatile accesses alone, so the guest may change it at any time.
+        unsafe { vm.set_user_memory_region(region) }?;
+        Ok(MemorySlot {
+            vm,
+            number,
+            base,
+            memory: Some(memory),
+        })
+    }
+
+    /// Number of the slot.
+    #[must_use]
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// First guest-physical address.
+    #[must_use]
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.memory.as_ref().map_or(0, |it| it.size() as u64)
+    }
+}
+
+impl fmt::Debug for MemorySlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (number, base, size) = (self.number, self.base, self.size());
+        write!(f, "slot {number}: {base:#x}..+{size:#x}")
+    }
+}
+
+impl Drop for MemorySlot {
+    fn drop(&mut self) {
+        let gone = kvm_userspace_memory_region {
+            slot: self.number,
+            guest_phys_addr: self.base,
+            ..kvm_userspace_memory_region::default()
+        };
+        // SAFETY: a size of 0 removes the slot; no memory is named.
+        let removed = unsafe { self.vm.set_user_memory_region(gone) };
+        if let Err(error) = removed {
+            // The guest may still have it: then it stays mapped for good.
+            tracing::error!(%error, slot = self.number, "memory slot not removed, its memory is kept");
+            std::mem::forget(self.memory.take());
+        }
+    }
+}
