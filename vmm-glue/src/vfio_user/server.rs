@@ -20,6 +20,7 @@ use rustix::net::{
 };
 use thiserror::Error;
 
+use super::Limits;
 use super::session::Session;
 
 /// Connections that the kernel keeps until they are accepted or refused.
@@ -110,6 +111,18 @@ impl Server {
         path: impl Into<PathBuf>,
         function: Arc<dyn PciFunction>,
     ) -> Result<Self, ServerError> {
+        Self::bind_with(path, function, Limits::default())
+    }
+
+    /// As [`Server::bind`], taking less of a client than it could.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn bind_with(
+        path: impl Into<PathBuf>,
+        function: Arc<dyn PciFunction>,
+        limits: Limits,
+    ) -> Result<Self, ServerError> {
         let path = path.into();
         let failed = |doing| {
             let path = path.clone();
@@ -133,7 +146,7 @@ impl Server {
             let shared = Arc::clone(&shared);
             move || shared.accept(&listener)
         })?;
-        server.start("vfio-serve", move || shared.serve(&function))?;
+        server.start("vfio-serve", move || shared.serve(&function, limits))?;
         Ok(server)
     }
 
@@ -271,7 +284,7 @@ impl Shared {
     }
 
     /// Body of the serving thread.
-    fn serve(&self, function: &Arc<dyn PciFunction>) {
+    fn serve(&self, function: &Arc<dyn PciFunction>, limits: Limits) {
         let mut state = self.lock();
         loop {
             let client = match &*state {
@@ -284,7 +297,10 @@ impl Shared {
             };
             *state = State::Serving(Arc::clone(&client));
             drop(state);
-            let session = || Session::new(Arc::clone(function), Arc::clone(&client)).run();
+            let session = || {
+                let (function, socket) = (Arc::clone(function), Arc::clone(&client));
+                Session::new(function, socket, limits).run()
+            };
             match catch_unwind(AssertUnwindSafe(session)) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!("a vfio-user session ended: {error}"),

@@ -9,11 +9,17 @@ mod cuts;
 #[cfg(test)]
 mod device;
 #[cfg(test)]
+mod dirty;
+#[cfg(test)]
+mod io_fds;
+#[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
 mod malformed;
 #[cfg(test)]
 mod memory;
+#[cfg(test)]
+mod migration;
 #[cfg(test)]
 mod peer;
 #[cfg(test)]
