@@ -20,7 +20,9 @@ use numagpu_devices::bus::{
     PciFunction, ResetKind,
 };
 use numagpu_vmm_glue::hbm::HbmBacking;
-use numagpu_vmm_glue::vfio_user::{Limits, MAX_DMA_MAPS, MAX_TRANSFER, Server};
+use numagpu_vmm_glue::vfio_user::{
+    Limits, Listener, MAX_DMA_MAPS, MAX_TRANSFER, SecondClient, Server,
+};
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::VolatileSlice;
 
@@ -336,7 +338,9 @@ pub fn start(arguments: &Arguments) -> anyhow::Result<(Server, Arc<Scratch>)> {
         max_transfer: arguments.max_transfer,
         max_dma_maps: arguments.max_dma_maps,
     };
-    let server = Server::bind_with(&arguments.socket_path, Arc::clone(&scratch) as _, limits)?;
+    let (function, second) = (Arc::clone(&scratch) as _, SecondClient::Refuse);
+    let listener = Listener::bind(&arguments.socket_path)?;
+    let server = Server::start_limited(listener, function, second, limits)?;
     Ok((server, scratch))
 }
 

@@ -762,6 +762,8 @@
 #define NUMAGPU_OWNER_EVENT_SCRUBBED 0x13u
 /* The scrubber failed. */
 #define NUMAGPU_OWNER_EVENT_SCRUB_FAILED 0x14u
+/* What the VMM left in it stays: so it was asked of the server. */
+#define NUMAGPU_OWNER_EVENT_KEPT 0x15u
 
 /* `QUEUE.STATUS`. */
 /* Not enabled. */

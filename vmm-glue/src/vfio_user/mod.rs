@@ -3,8 +3,10 @@
 //! One [`Server`] serves one function on one UNIX socket to one client at a time. Its parts, from the socket
 //! inwards:
 //!
-//! - [`server`]: the listening socket, its threads, who may connect and when, shutdown.
+//! - [`listener`]: the socket that clients come through, made here or handed over.
+//! - [`server`]: its threads, who may connect and when, shutdown.
 //! - [`framing`]: bytes and file descriptors of the stream become messages, however the stream is cut.
+//! - [`polling`]: whether a session looks for messages before it sleeps.
 //! - [`wire`]: messages become validated requests, results become replies. Pure.
 //! - [`refusal`]: why a request is not carried out, and its error number.
 //! - [`session`]: one connection's life: version first and once, then any request in order.
@@ -28,7 +30,9 @@ mod features;
 pub mod framing;
 mod io_fds;
 pub mod irq;
+pub mod listener;
 pub mod migration;
+pub mod polling;
 pub mod refusal;
 pub mod regions;
 pub mod server;
@@ -36,8 +40,9 @@ pub mod session;
 pub mod version;
 pub mod wire;
 
-pub use server::{Server, ServerError, Stopper};
-pub(crate) use server::{identity, listen_at};
+pub use listener::{HandedError, Listener};
+pub use polling::Polling;
+pub use server::{SecondClient, Server, ServerError, Stopper};
 
 /// Most data bytes of one region access (`max_data_xfer_size`), which is the specification's default.
 pub const MAX_TRANSFER: usize = 1 << 20;

@@ -9,6 +9,7 @@ use numagpu_devices::bus::PciFunction;
 use super::client::Client;
 use super::device::Device;
 use super::framing::Framing;
+use super::polling::{Poller, Polling};
 use super::refusal::Refusal;
 use super::wire::{self, Kind, Reply};
 use super::{Limits, MAX_FDS};
@@ -19,6 +20,7 @@ pub struct Session {
     socket: Arc<OwnedFd>,
     client: Arc<Client>,
     framing: Framing,
+    poller: Poller,
     fds: Vec<OwnedFd>,
     reply: Reply,
     device: Device,
@@ -32,11 +34,19 @@ impl Session {
         Self {
             socket,
             framing: Framing::new(),
+            poller: Poller::default(),
             fds: Vec::with_capacity(4 * MAX_FDS),
             reply: Reply::new(),
             device: Device::new(function, Arc::clone(&client), limits),
             client,
         }
+    }
+
+    /// The same, that looks for messages as `polling` says.
+    #[must_use]
+    pub fn polling(mut self, polling: Polling) -> Self {
+        self.poller = Poller::new(polling);
+        self
     }
 
     /// Serves until the client disconnects. The function is detached then, and nothing of the client's is kept.
@@ -51,7 +61,7 @@ impl Session {
     }
 
     fn serve(&mut self) -> Result<(), SessionError> {
-        while self.framing.receive(&*self.socket)? > 0 {
+        while self.framing.receive(&*self.socket, &mut self.poller)? > 0 {
             loop {
                 let message = match self.framing.next(&mut self.fds) {
                     Ok(Some(message)) => message,

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use numagpu_devices::bus::{HbmStore, PciFunction};
@@ -58,11 +59,14 @@ pub fn serve(size: u64) -> Served {
         pxm: None,
         store: Arc::new(part),
     });
+    let page = HbmBacking::memfd("doorbells", pci::BAR_DOORBELLS_SIZE).unwrap();
+    let mut page = Arc::new(page).split(&[pci::BAR_DOORBELLS_SIZE]).unwrap();
     let config = GpuConfig {
         aperture: Some(ApertureConfig {
             size,
             coherent: true,
         }),
+        doorbells: page.pop().map(|page| Arc::new(page) as _),
         boot_delay: Duration::ZERO,
         ..GpuConfig::new(0, partitions.collect())
     };
@@ -101,6 +105,8 @@ impl Driver {
         self.write(7, 4, &[6, 0]);
         self.set(boot::BASE, &boot::CONTROL, 1);
         for part in 0..2 {
+            // On a busy host what the last client left is still scrubbed.
+            self.wait_free(part);
             let claimed = self.command(part, OwnerCommand::Claim);
             assert_eq!(claimed, Some(OwnerResult::Ok));
         }
@@ -270,12 +276,13 @@ fn regions_without_areas_or_with_one_of_all_need_no_capability() {
             let (answer, fds) = info(&mut raw, argsz, index);
             let flags = match (index, size) {
                 (_, 0) => 0,
-                (APERTURE, _) => 7,
+                (APERTURE | DOORBELLS, _) => 7,
                 _ => 3,
             };
             let expected = [words(&[32, flags, index, 0]), longs(&[size, 0])].concat();
             assert_eq!(answer.body, expected, "region {index}");
-            assert_eq!(fds.len(), usize::from(index == APERTURE));
+            let mapped = [APERTURE, DOORBELLS].contains(&index);
+            assert_eq!(fds.len(), usize::from(mapped));
         }
     }
 }
@@ -342,6 +349,38 @@ fn a_map_shows_what_engines_and_messages_write_and_they_what_it_does() {
     assert_eq!(driver.read(APERTURE, 8 * MIB - 4, 4), [0xff; 4]);
     let beyond = region_body(8 * MIB - 3, APERTURE, 4, &[]);
     assert_eq!(driver.raw.errno(READ, &beyond, &[]), 22);
+}
+
+#[test]
+fn a_store_to_the_mapped_doorbells_rings() {
+    let served = serve(8 * MIB);
+    let mut driver = Driver::new(&served);
+    let (_, mut fds) = info(&mut driver.raw, 32, DOORBELLS);
+    let file = FileOffset::new(fds.pop().unwrap().into(), 0);
+    let page = MmapRegion::<()>::from_file(file, 4096).unwrap();
+    let slot = page.as_volatile_slice();
+    for round in 1..=3_u64 {
+        let packet = words(&sdma::fence(DATA, u32::try_from(round).unwrap()));
+        let at = driver.write_pointer;
+        assert_eq!(
+            rustix::io::pwrite(&driver.ram, &packet, at),
+            Ok(packet.len())
+        );
+        driver.write_pointer += packet.len() as u64;
+        slot.store(driver.write_pointer, 0, Ordering::Release)
+            .unwrap();
+        driver.wait(|driver| driver.get(queue::BASE, &queue::PACKETS) == round);
+    }
+    // A write that comes by message rings too, and both read as zero.
+    driver.copy(BASE, BASE + PART, 64);
+    assert_eq!(slot.read_obj::<u64>(0).unwrap(), 0);
+    assert_eq!(driver.read(DOORBELLS, 0, 8), [0; 8]);
+    // The next client gets the same page, and nothing that this one left there.
+    slot.store(64_u64, 8, Ordering::Release).unwrap();
+    drop(driver);
+    let mut next = Driver::new(&served);
+    assert_eq!(slot.read_obj::<u64>(8).unwrap(), 0);
+    assert_eq!(next.get(queue::BASE, &queue::WPTR), 0);
 }
 
 #[test]

@@ -1,15 +1,14 @@
 //! A small PCI function that keeps what is written and remembers what happened to it.
 
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use std::os::fd::{AsFd as _, OwnedFd};
-
 use numagpu_devices::bus::{
     Attachment, Bar, FunctionLayout, IoFd, Migrate, MigrateError, PciFunction, ResetKind,
 };
-use numagpu_vmm_glue::vfio_user::{Limits, Server};
+use numagpu_vmm_glue::vfio_user::{Limits, Listener, SecondClient, Server};
 use tempfile::TempDir;
 
 /// Bytes of BAR 0.
@@ -85,7 +84,25 @@ pub fn serve_with(change: impl FnOnce(&mut Probe)) -> Served {
 
 /// Serves it and takes less of a client than it could.
 pub fn serve_limited(change: impl FnOnce(&mut Probe), limits: Limits) -> Served {
-    let mut probe = Probe {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = Listener::bind(dir.path().join("gpu0")).unwrap();
+    let mut probe = probe();
+    change(&mut probe);
+    let probe = Arc::new(probe);
+    let (function, second) = (Arc::clone(&probe) as _, SecondClient::Refuse);
+    let server = Server::start_limited(listener, function, second, limits).unwrap();
+    Served { probe, server, dir }
+}
+
+/// A probe behind a socket of the test's own, in a directory that lasts as long.
+pub fn serve_on(listener: Listener, second: SecondClient, dir: TempDir) -> Served {
+    let probe = Arc::new(probe());
+    let server = Server::start(listener, Arc::clone(&probe) as _, second).unwrap();
+    Served { probe, server, dir }
+}
+
+fn probe() -> Probe {
+    Probe {
         layout: FunctionLayout {
             bars: vec![Bar {
                 index: 0,
@@ -108,13 +125,7 @@ pub fn serve_limited(change: impl FnOnce(&mut Probe), limits: Limits) -> Served 
         migrates: false,
         io: Vec::new(),
         events: Vec::new(),
-    };
-    change(&mut probe);
-    let probe = Arc::new(probe);
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("gpu0");
-    let server = Server::bind_with(path, Arc::clone(&probe) as _, limits).unwrap();
-    Served { probe, server, dir }
+    }
 }
 
 fn at(offset: u64, len: usize) -> std::ops::Range<usize> {

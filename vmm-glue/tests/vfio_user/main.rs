@@ -11,9 +11,13 @@ mod device;
 #[cfg(test)]
 mod dirty;
 #[cfg(test)]
+mod endurance;
+#[cfg(test)]
 mod io_fds;
 #[cfg(test)]
 mod lifecycle;
+#[cfg(test)]
+mod listeners;
 #[cfg(test)]
 mod malformed;
 #[cfg(test)]

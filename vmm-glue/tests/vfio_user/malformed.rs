@@ -14,7 +14,7 @@ const EEXIST: u32 = 17;
 
 /// What has to come back.
 #[derive(Clone, Copy, Debug)]
-enum Expect {
+pub enum Expect {
     /// This error, and the connection stays in step.
     Errno(u32),
     /// This error, then the end.
@@ -27,7 +27,7 @@ enum Expect {
     Success(usize),
 }
 
-fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
+pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
     use Expect::*;
     let ones = u32::MAX;
     let region = |index, offset, count| message(READ, &region_body(offset, index, count, &[]));

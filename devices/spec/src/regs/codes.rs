@@ -298,6 +298,8 @@ codes! {
         Scrubbed = 19,
         /// The scrubber failed.
         ScrubFailed = 20,
+        /// What the VMM left in it stays: so it was asked of the server.
+        Kept = 21,
     }
 
     /// `QUEUE.STATUS`.
