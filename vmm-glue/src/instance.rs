@@ -25,7 +25,9 @@ use crate::control::{self, Control, Desk};
 use crate::hbm::{HbmBacking, HbmError};
 use crate::sandbox::Sandbox;
 use crate::scenario::{Runner, Scenario};
-use crate::vfio_user::{Listener, Policy, Polling, SecondClient, Server, ServerError, Stopper};
+use crate::vfio_user::{
+    Limits, Listener, Policy, Polling, SecondClient, Server, ServerError, Stopper,
+};
 
 /// Why a machine's GPUs cannot be served.
 #[derive(Debug, Error)]
@@ -356,6 +358,7 @@ impl<'a> Prepared<'a> {
             policy: Policy {
                 second_client: serving.second_client,
                 polling: serving.polling,
+                limits: Limits::default(),
             },
             listeners,
             control: Listener::bind(socket_dir.join(control::SOCKET))?,

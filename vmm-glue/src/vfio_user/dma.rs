@@ -3,6 +3,7 @@
 //! An access holds the map that it uses, not a lock: maps come and go beside it, accesses may nest, and an unmap
 //! returns only when no access can use the memory any more.
 
+pub mod dirty;
 mod map;
 
 use std::collections::{BTreeMap, HashMap};
@@ -17,6 +18,7 @@ use std::time::Duration;
 use numagpu_devices::bus::{BackingId, DmaAccess, DmaError, DmaPort, Mapped};
 use vm_memory::VolatileSlice;
 
+use dirty::{DirtyError, DirtyLog};
 pub use map::MapError;
 use map::{Backing, FileKey, Map};
 
@@ -55,7 +57,7 @@ impl Maps {
 }
 
 /// The maps of one connection. Once disconnected it stays so: the next client gets a table of its own.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct DmaTable {
     maps: RwLock<Maps>,
     /// Unmaps that wait for accesses to end.
@@ -64,6 +66,22 @@ pub struct DmaTable {
     ended: Condvar,
     /// Who is asked for memory that comes without a file; without, it cannot be reached.
     client: Option<Arc<Client>>,
+    dirty: DirtyLog,
+    max_maps: usize,
+}
+
+impl Default for DmaTable {
+    fn default() -> Self {
+        Self {
+            maps: RwLock::default(),
+            waiting: AtomicUsize::new(0),
+            gate: Mutex::default(),
+            ended: Condvar::new(),
+            client: None,
+            dirty: DirtyLog::default(),
+            max_maps: MAX_DMA_MAPS,
+        }
+    }
 }
 
 /// A map in use by an access.
@@ -90,11 +108,12 @@ impl DmaTable {
         Self::default()
     }
 
-    /// An empty table of a client that can be asked for memory.
+    /// An empty table, of so many maps at most, of a client that can be asked for memory.
     #[must_use]
-    pub fn with_client(client: Arc<Client>) -> Self {
+    pub fn with_client(client: Arc<Client>, max_maps: usize) -> Self {
         Self {
             client: Some(client),
+            max_maps,
             ..Self::default()
         }
     }
@@ -167,8 +186,9 @@ impl DmaTable {
                 other_size: other.size,
             });
         }
-        if maps.by_address.len() >= MAX_DMA_MAPS {
-            return Err(MapError::TooMany);
+        let have = maps.by_address.len();
+        if have >= self.max_maps {
+            return Err(MapError::TooMany(have));
         }
         let map = Map {
             address: request.address,
@@ -178,7 +198,35 @@ impl DmaTable {
             backing: backing(&mut maps)?,
         };
         maps.by_address.insert(request.address, Arc::new(map));
+        self.dirty.mapped(request.address, last);
         Ok(())
+    }
+
+    /// The log of the device's writes.
+    #[must_use]
+    pub fn dirty(&self) -> &DirtyLog {
+        &self.dirty
+    }
+
+    /// Logs writes from now on, to ranges or to all that is and will be mapped.
+    ///
+    /// # Errors
+    /// As [`DirtyLog::start`].
+    pub fn start_log(&self, page_hint: u64, ranges: &[(u64, u64)]) -> Result<u64, DirtyError> {
+        // No map comes or goes meanwhile: that is the calling thread's to do.
+        let maps = self.read();
+        let mapped = maps.by_address.values().filter(|map| map.writable());
+        let mapped = mapped.map(|map| (map.address, map.last()));
+        self.dirty.start(page_hint, ranges, mapped)
+    }
+
+    /// Whether there is a map of exactly this range.
+    #[must_use]
+    pub fn has(&self, address: u64, size: u64) -> bool {
+        let maps = self.read();
+        maps.by_address
+            .get(&address)
+            .is_some_and(|map| map.size == size)
     }
 
     /// Removes the map of exactly this range. When this returns no access uses it any more.
@@ -417,10 +465,14 @@ impl DmaPort for DmaTable {
         for piece in std::iter::once(first).chain(rest) {
             let Some(map) = &piece.map else { continue };
             let end = map.last().min(last);
-            match &map.backing {
-                Backing::Client(remote) => self.ask(remote, at, end - at + 1, access, f)?,
-                _ => f(map.slice(at, end - at + 1).ok_or(unmapped)?),
+            let done = match &map.backing {
+                Backing::Client(remote) => self.ask(remote, at, end - at + 1, access, f),
+                _ => map.slice(at, end - at + 1).ok_or(unmapped).map(&mut *f),
+            };
+            if access.writes() {
+                self.dirty.mark(at, end);
             }
+            done?;
             at = end.wrapping_add(1);
         }
         Ok(())
@@ -468,7 +520,11 @@ impl DmaPort for DmaTable {
         if backward {
             parts.reverse();
         }
-        parts.iter().try_for_each(|part| self.carry(part, backward))
+        parts.iter().try_for_each(|part| {
+            let done = self.carry(part, backward);
+            self.dirty.mark(part.write_at, part.write_at + part.more);
+            done
+        })
     }
 
     fn mapped(&self, address: u64, len: u64) -> Mapped {

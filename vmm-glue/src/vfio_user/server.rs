@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 use thiserror::Error;
 
+use super::Limits;
 use super::listener::{Listener, Name, Source};
 use super::polling::Polling;
 use super::session::Session;
@@ -78,12 +79,23 @@ pub struct Policy {
     pub second_client: SecondClient,
     /// Whether sessions look for messages before they sleep.
     pub polling: Polling,
+    /// What is taken of a client.
+    pub limits: Limits,
 }
 
 impl From<SecondClient> for Policy {
     fn from(second_client: SecondClient) -> Policy {
         Policy {
             second_client,
+            ..Policy::default()
+        }
+    }
+}
+
+impl From<Limits> for Policy {
+    fn from(limits: Limits) -> Policy {
+        Policy {
+            limits,
             ..Policy::default()
         }
     }
@@ -344,7 +356,8 @@ impl Shared {
             *state = State::Serving(Arc::clone(&client));
             drop(state);
             let session = || {
-                let session = Session::new(Arc::clone(function), Arc::clone(&client));
+                let (function, socket) = (Arc::clone(function), Arc::clone(&client));
+                let session = Session::new(function, socket, self.policy.limits);
                 session.polling(self.policy.polling).run()
             };
             match catch_unwind(AssertUnwindSafe(session)) {

@@ -11,7 +11,6 @@ use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
-use super::super::MAX_DMA_MAPS;
 use super::super::client::{Client, Remote};
 use super::super::wire::DmaMap;
 use super::{READABLE, WRITABLE};
@@ -51,8 +50,8 @@ pub enum MapError {
         other_size: u64,
     },
     /// Too many maps.
-    #[error("{MAX_DMA_MAPS} maps exist already")]
-    TooMany,
+    #[error("{0} maps exist already")]
+    TooMany(usize),
     /// Not a file that stays as long as it says.
     #[error("the file descriptor is no regular file")]
     NotAFile,
@@ -102,7 +101,7 @@ impl MapError {
     pub fn errno(&self) -> Errno {
         match self {
             Self::Overlap { .. } => Errno::EXIST,
-            Self::TooMany => Errno::NOSPC,
+            Self::TooMany(_) => Errno::NOSPC,
             Self::NotMapped { .. } => Errno::NOENT,
             Self::Host { errno, .. } => *errno,
             _ => Errno::INVAL,
