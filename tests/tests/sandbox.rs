@@ -18,7 +18,7 @@ use rustix::process::Signal;
 use vfio_user::Client;
 
 /// Calls that a server has no business with.
-const CALLS: usize = 14;
+const CALLS: usize = 15;
 
 fn confined(directory: &Path, mode: &str, end: &str) -> Process {
     let mut command = Command::new(programs::example("confined"));
