@@ -8,7 +8,7 @@ use numagpu_spec::{pci, regs};
 use thiserror::Error;
 
 use crate::aperture::{ApertureConfig, ApertureError};
-use crate::bus::{Bar, HbmStore};
+use crate::bus::{Area, Bar, HbmStore};
 use crate::clock::{Clock, HostClock};
 use crate::config_space::ResizableBar;
 use crate::fabric::FabricError;
@@ -84,6 +84,9 @@ pub struct GpuConfig {
     pub partitions: Vec<PartitionConfig>,
     /// The BAR through which CPUs reach the HBM, if it is no memory of the machine. All partitions are in it.
     pub aperture: Option<ApertureConfig>,
+    /// Memory of the doorbell page, of [`pci::BAR_DOORBELLS_SIZE`] bytes, for VMMs to map: for a GPU with an aperture,
+    /// where a VMM that maps that waits for each write that it has to send. None if doorbells come as writes only.
+    pub doorbells: Option<Arc<dyn HbmStore>>,
     /// Copy queues, 1 to 8.
     pub queues: u32,
     /// Id shared by the GPUs that reach each other; 0 = no hive, no peers.
@@ -121,6 +124,7 @@ impl GpuConfig {
             ids: PciIds::default(),
             partitions,
             aperture: None,
+            doorbells: None,
             queues: 2,
             hive_id: 0,
             node_id: 0,
@@ -184,6 +188,11 @@ impl GpuConfig {
                 }
             }
         }
+        if let Some(page) = &self.doorbells
+            && page.size() != pci::BAR_DOORBELLS_SIZE
+        {
+            return Err(GpuError::DoorbellPage { size: page.size() });
+        }
         if let Some(aperture) = &self.aperture {
             aperture.check(&self.partitions)?;
         }
@@ -199,10 +208,17 @@ impl GpuConfig {
             prefetchable: false,
             mappable: Vec::new(),
         };
+        let mut doorbells = bar(pci::BAR_DOORBELLS, pci::BAR_DOORBELLS_SIZE, true);
+        if let Some(page) = &self.doorbells
+            && page.file().is_some()
+        {
+            let (offset, size) = (0, page.size());
+            doorbells.mappable.push(Area { offset, size });
+        }
         let mut bars = vec![
             bar(pci::BAR_REGISTERS, pci::BAR_REGISTERS_SIZE, false),
             bar(pci::BAR_MSIX, pci::BAR_MSIX_SIZE, false),
-            bar(pci::BAR_DOORBELLS, pci::BAR_DOORBELLS_SIZE, true),
+            doorbells,
         ];
         bars.extend(self.aperture.map(|it| it.bar(&self.partitions)));
         bars
@@ -248,6 +264,15 @@ pub enum GpuError {
         min: usize,
         /// At most.
         max: usize,
+    },
+    /// A doorbell page of another size than its BAR.
+    #[error(
+        "a doorbell page of {size:#x} bytes; the BAR has {:#x}",
+        pci::BAR_DOORBELLS_SIZE
+    )]
+    DoorbellPage {
+        /// Bytes of the page.
+        size: u64,
     },
     /// A class code above 24 bits.
     #[error("class code {class:#x} is above 0xffffff")]

@@ -132,9 +132,11 @@ impl Shared {
                 Event::ScrubFailed
             }
         };
+        let held = self.irq.hold_resets();
         if partition.incident(event, self.clock.now_ns()) == Duty::Notify {
             self.notify();
         }
+        drop(held);
         let lock = self.pending.lock();
         let mut pending = lock.unwrap_or_else(PoisonError::into_inner);
         *pending = pending.saturating_sub(1);

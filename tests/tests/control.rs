@@ -478,7 +478,13 @@ fn memory_errors_show_in_the_status_and_in_registers() {
         (&1.into(), &0.into())
     );
     assert_eq!(driver.get(ras::BASE, &ras::LAST_ADDRESS), HBM[0] + 4096);
-    // What stopped a queue is told too: here a write to HBM that its token does not own.
+    // What stopped a queue is told too: here the line with the error, then a write to HBM that its token does not own.
+    driver.submit(&sdma::copy_linear(HBM[0] + 4096, HBM[0] + 8192, 64));
+    driver.wait_state(regs::QueueState::Fault);
+    let queue = &served.gpu(0)["queues"][0];
+    assert_eq!(queue["fault"], "poisoned");
+    assert_eq!(queue["fault_address"], HBM[0] + 4096);
+    driver.enable();
     assert_eq!(driver.command(OwnerCommand::Release), Some(OwnerResult::Ok));
     driver.submit(&sdma::const_fill(HBM[0] + 4096, 7, 4096));
     driver.wait_state(regs::QueueState::Fault);

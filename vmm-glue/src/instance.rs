@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use numagpu_devices::bus::HbmStore;
 use numagpu_devices::ownership::OnDisconnect;
+use numagpu_devices::spec::pci::BAR_DOORBELLS_SIZE;
 use numagpu_devices::spec::regs::TimingMode;
 use numagpu_devices::{
     ApertureConfig, Fabric, Gpu, GpuConfig, GpuError, GpuStatus, LinkConfig, PartitionConfig,
@@ -336,7 +337,17 @@ impl Instance {
                 bandwidth_mbs: link.bandwidth_mbs,
                 latency_ns: link.latency_ns,
             });
+            let doorbells = match memory.aperture {
+                // Where one BAR is mapped, QEMU waits for the answer to each write to the others.
+                Some(_) => {
+                    let page = Arc::new(HbmBacking::memfd("doorbells", BAR_DOORBELLS_SIZE)?);
+                    let mut lent = page.split(&[BAR_DOORBELLS_SIZE])?;
+                    lent.pop().map(|page| Arc::new(page) as _)
+                }
+                None => None,
+            };
             let config = GpuConfig {
+                doorbells,
                 hive_id: gpu.hive_id,
                 node_id: gpu.hive_node,
                 hive_size: gpu.hive_size,

@@ -37,7 +37,7 @@ impl Gpu {
             member,
             aperture: _,
             attachment: _,
-            irq: _,
+            irq,
             scrubber,
             ticker: _,
             clock: _,
@@ -50,6 +50,7 @@ impl Gpu {
             dma_allowed,
             registers,
             doorbells,
+            mapped_doorbells,
             msix,
             boot,
             health,
@@ -66,8 +67,14 @@ impl Gpu {
             dma_allowed.store(space.dma_allowed(), Ordering::SeqCst);
         }
         queues.iter().for_each(Queue::reset);
-        registers.reset();
+        {
+            let _causes = irq.hold_resets();
+            registers.reset();
+        }
         doorbells.reset();
+        if let Some(page) = mapped_doorbells {
+            page.reset();
+        }
         msix.reset();
         health.reset();
         match kind {

@@ -315,7 +315,7 @@ impl Shared {
             };
             *state = State::Serving(Arc::clone(&client));
             drop(state);
-            let session = || Session::new(Arc::clone(function)).run(&*client);
+            let session = || Session::new(Arc::clone(function), Arc::clone(&client)).run();
             match catch_unwind(AssertUnwindSafe(session)) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!("a vfio-user session ended: {error}"),

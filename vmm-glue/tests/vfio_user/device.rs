@@ -26,7 +26,11 @@ pub struct State {
     pub attachment: Option<Attachment>,
     /// Whether a reset panics.
     pub broken: bool,
+    /// What the serving thread does at each write to BAR 0.
+    pub on_write: Option<OnWrite>,
 }
+
+pub type OnWrite = Arc<dyn Fn(&Attachment) + Send + Sync>;
 
 impl Probe {
     pub fn state(&self) -> MutexGuard<'_, State> {
@@ -93,6 +97,7 @@ fn probe() -> Arc<Probe> {
             events: Vec::new(),
             attachment: None,
             broken: false,
+            on_write: None,
         }),
     })
 }
@@ -143,6 +148,11 @@ impl PciFunction for Probe {
         let mut state = self.state();
         assert!(bar == 0 && state.attachment.is_some());
         state.bar0[at(offset, data.len())].copy_from_slice(data);
+        let (hook, attachment) = (state.on_write.clone(), state.attachment.clone());
+        drop(state);
+        if let (Some(hook), Some(attachment)) = (hook, attachment) {
+            hook(&attachment);
+        }
     }
 
     fn reset(&self, kind: ResetKind) {

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod aperture;
 #[cfg(test)]
+mod asked;
+#[cfg(test)]
 mod cuts;
 #[cfg(test)]
 mod device;
