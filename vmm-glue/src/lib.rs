@@ -11,6 +11,7 @@
 //! | [`mod@run`] | boots a guest with a planned machine and hears what it saw |
 //! | [`emulator`], [`qmp`] | what a QEMU can do, and talking to one that runs |
 //! | [`run_dir`] | a private directory for a run's sockets, swept after a run that was killed |
+//! | [`vfio`] | HBM for devices that are passed through |
 //! | [`sys`] | the system calls that need `unsafe` |
 
 pub mod assets;
@@ -23,4 +24,5 @@ pub mod run;
 pub mod run_dir;
 pub mod scenario;
 pub mod sys;
+pub mod vfio;
 pub mod vfio_user;

@@ -1,3 +1,4 @@
 //! The only room with `unsafe`: what the host offers and no safe wrapper covers.
 
 pub mod child;
+pub mod vfio;

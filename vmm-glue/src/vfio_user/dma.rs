@@ -15,11 +15,11 @@ use std::time::Duration;
 use numagpu_devices::bus::{BackingId, DmaAccess, DmaError, DmaPort, Mapped};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::io::Errno;
-use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 use super::MAX_DMA_MAPS;
+pub use super::map_error::MapError;
 use super::wire::DmaMap;
 
 /// `DMA_MAP` flag: the server may read.
@@ -28,96 +28,11 @@ pub const READABLE: u32 = 1 << 0;
 /// `DMA_MAP` flag: the server may write.
 pub const WRITABLE: u32 = 1 << 1;
 
+/// Maps that may show a partition together; with more it counts as mapped in part.
+const MAX_PIECES: usize = 4096;
+
 /// How long an unmap sleeps before it looks again; accesses that end wake it before.
 const UNMAP_POLL: Duration = Duration::from_millis(1);
-
-/// Why a map or unmap is refused.
-#[derive(Debug, Error)]
-pub enum MapError {
-    /// Of size 0.
-    #[error("a map of 0 bytes at {address:#x}")]
-    Empty {
-        /// First address.
-        address: u64,
-    },
-    /// Past the last address or the last file offset.
-    #[error("{address:#x}..+{size:#x} at file offset {offset:#x} goes past the end of 64 bits")]
-    Wraps {
-        /// First address.
-        address: u64,
-        /// Bytes.
-        size: u64,
-        /// Offset in the file.
-        offset: u64,
-    },
-    /// Flags that are not known, or that allow no access.
-    #[error("flags {0:#x}; 1 is readable, 2 is writable, 3 both")]
-    Flags(u32),
-    /// Over another map.
-    #[error("{address:#x}..+{size:#x} overlaps the map at {other:#x}..+{other_size:#x}")]
-    Overlap {
-        /// First address.
-        address: u64,
-        /// Bytes.
-        size: u64,
-        /// First address of the map that is there.
-        other: u64,
-        /// Its bytes.
-        other_size: u64,
-    },
-    /// Too many maps.
-    #[error("{MAX_DMA_MAPS} maps exist already")]
-    TooMany,
-    /// Not a file that stays as long as it says.
-    #[error("the file descriptor is no regular file")]
-    NotAFile,
-    /// A file that ends inside the map.
-    #[error("the file has {len:#x} bytes; {size:#x} from {offset:#x} are to be mapped")]
-    ShortFile {
-        /// Bytes of the file.
-        len: u64,
-        /// Offset in the file.
-        offset: u64,
-        /// Bytes to map.
-        size: u64,
-    },
-    /// No map with just this range.
-    #[error("no map is exactly {address:#x}..+{size:#x}")]
-    NotMapped {
-        /// First address.
-        address: u64,
-        /// Bytes.
-        size: u64,
-    },
-    /// Dirty page tracking, which is not offered.
-    #[error("unmap with flags {0:#x}; dirty pages are not tracked")]
-    UnmapFlags(u32),
-    /// The host refused.
-    #[error("mapping {size:#x} bytes from file offset {offset:#x}: {errno}")]
-    Host {
-        /// Offset in the file.
-        offset: u64,
-        /// Bytes to map.
-        size: u64,
-        /// The host's error.
-        errno: Errno,
-    },
-}
-
-impl MapError {
-    /// The error number for the client.
-    #[must_use]
-    pub fn errno(&self) -> Errno {
-        match self {
-            Self::Overlap { .. } => Errno::EXIST,
-            Self::TooMany => Errno::NOSPC,
-            Self::NotMapped { .. } => Errno::NOENT,
-            Self::UnmapFlags(_) => Errno::NOTSUP,
-            Self::Host { errno, .. } => *errno,
-            _ => Errno::INVAL,
-        }
-    }
-}
 
 /// One map. Its memory is unmapped when the last user drops it.
 #[derive(Debug)]
@@ -174,6 +89,18 @@ impl Map {
         }
     }
 
+    /// What the map shows from `address` on, which is inside.
+    fn shown(&self, address: u64) -> Mapped {
+        match &self.memory {
+            None => Mapped::NoFd,
+            Some(memory) => Mapped::File {
+                id: memory.id,
+                offset: self.offset + (address - self.address),
+                writable: self.writable(),
+            },
+        }
+    }
+
     /// `len` bytes from `address`, both inside the map.
     fn slice(&self, address: u64, len: u64) -> Option<VolatileSlice<'_>> {
         let region = &self.memory.as_ref()?.region;
@@ -202,6 +129,39 @@ impl Maps {
     fn any_in(&self, first: u64, last: u64) -> Option<&Arc<Map>> {
         let next = || self.by_address.range(first..=last).next().map(|(_, m)| m);
         self.at(first).or_else(next)
+    }
+
+    /// What maps show that follow each other without a gap, in memory and in their file, as if they were one. An IOMMU in
+    /// front of the device maps in pages.
+    fn run(&self, address: u64, last: u64) -> Option<Mapped> {
+        // Looked for first: while pages come in one after the other, this ends it.
+        self.at(last)?;
+        let first = self.at(address)?;
+        let whole = first.shown(address);
+        let mut end = first.last();
+        for (_, map) in self.by_address.range(address..=last).take(MAX_PIECES) {
+            if map.address <= end {
+                // The first of them, which begins at `address`.
+                continue;
+            }
+            let expected = match whole {
+                Mapped::File {
+                    id,
+                    offset,
+                    writable,
+                } => Mapped::File {
+                    id,
+                    offset: offset.checked_add(map.address - address)?,
+                    writable,
+                },
+                other => other,
+            };
+            if map.address - 1 != end || map.shown(map.address) != expected {
+                return None;
+            }
+            end = map.last();
+        }
+        (end >= last).then_some(whole)
     }
 }
 
@@ -291,22 +251,37 @@ impl DmaTable {
         Ok(())
     }
 
-    /// Removes the map of exactly this range. When this returns no access uses it any more.
+    /// Removes the maps in this range, as VFIO's type 1 version 2 does: a VMM with an IOMMU before the device unmaps more at
+    /// once than it mapped. When this returns no access uses them any more.
     ///
     /// # Errors
-    /// [`MapError::NotMapped`] if there is none.
+    /// [`MapError::NotMapped`] if there is none, or one that lies in the range in part; the table is then as before.
     pub fn unmap(&self, address: u64, size: u64) -> Result<(), MapError> {
+        let none = || MapError::NotMapped { address, size };
+        let more = size.checked_sub(1).ok_or_else(none)?;
+        let last = address.checked_add(more).ok_or_else(none)?;
         let mut maps = self.write();
-        if maps
-            .by_address
-            .get(&address)
-            .is_none_or(|map| map.size != size)
-        {
-            return Err(MapError::NotMapped { address, size });
+        let is_cut = |at: u64| {
+            let map = maps.at(at);
+            map.is_some_and(|map| map.address < address || map.last() > last)
+        };
+        if is_cut(address) || is_cut(last) {
+            return Err(none());
         }
-        let map = maps.by_address.remove(&address);
+        let inside: Vec<u64> = maps
+            .by_address
+            .range(address..=last)
+            .map(|(at, _)| *at)
+            .collect();
+        let gone: Vec<Arc<Map>> = inside
+            .iter()
+            .filter_map(|at| maps.by_address.remove(at))
+            .collect();
         drop(maps);
-        map.into_iter().for_each(|map| self.retire(map));
+        if gone.is_empty() {
+            return Err(none());
+        }
+        gone.into_iter().for_each(|map| self.retire(map));
         Ok(())
     }
 
@@ -555,19 +530,10 @@ impl DmaPort for DmaTable {
             return Mapped::Nothing;
         };
         let maps = self.read();
-        let Some(map) = maps.any_in(address, last) else {
-            return Mapped::Nothing;
-        };
-        if !map.contains(address) || !map.contains(last) {
-            return Mapped::Partial;
-        }
-        match &map.memory {
-            None => Mapped::NoFd,
-            Some(memory) => Mapped::File {
-                id: memory.id,
-                offset: map.offset + (address - map.address),
-                writable: map.writable(),
-            },
+        match maps.any_in(address, last) {
+            None => Mapped::Nothing,
+            Some(first) if first.contains(address) && first.contains(last) => first.shown(address),
+            Some(_) => maps.run(address, last).unwrap_or(Mapped::Partial),
         }
     }
 }

@@ -20,6 +20,7 @@
 pub mod dma;
 pub mod framing;
 pub mod irq;
+mod map_error;
 pub mod refusal;
 pub mod regions;
 pub mod server;
