@@ -148,11 +148,11 @@ pub struct BackingId {
 pub enum Mapped {
     /// Nothing.
     Nothing,
-    /// Only a part of the range, or parts of several maps.
+    /// Only a part of the range, or parts of several maps that are not as one.
     Partial,
     /// All of it, but without a file descriptor.
     NoFd,
-    /// All of it, by one file.
+    /// All of it, by one file, the bytes in their order.
     File {
         /// Which file.
         id: BackingId,

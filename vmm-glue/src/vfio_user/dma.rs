@@ -33,6 +33,9 @@ pub const READABLE: u32 = 1 << 0;
 /// `DMA_MAP` flag: the server may write.
 pub const WRITABLE: u32 = 1 << 1;
 
+/// Maps that may show a partition together; with more it counts as mapped in part.
+const MAX_PIECES: usize = 4096;
+
 /// How long an unmap sleeps before it looks again; accesses that end wake it before.
 const UNMAP_POLL: Duration = Duration::from_millis(1);
 
@@ -53,6 +56,39 @@ impl Maps {
     fn any_in(&self, first: u64, last: u64) -> Option<&Arc<Map>> {
         let next = || self.by_address.range(first..=last).next().map(|(_, m)| m);
         self.at(first).or_else(next)
+    }
+
+    /// What maps show that follow each other without a gap, in memory and in their file, as if they were one. An IOMMU in
+    /// front of the device maps in pages.
+    fn run(&self, address: u64, last: u64) -> Option<Mapped> {
+        // Looked for first: while pages come in one after the other, this ends it.
+        self.at(last)?;
+        let first = self.at(address)?;
+        let whole = first.shown(address);
+        let mut end = first.last();
+        for (_, map) in self.by_address.range(address..=last).take(MAX_PIECES) {
+            if map.address <= end {
+                // The first of them, which begins at `address`.
+                continue;
+            }
+            let expected = match whole {
+                Mapped::File {
+                    id,
+                    offset,
+                    writable,
+                } => Mapped::File {
+                    id,
+                    offset: offset.checked_add(map.address - address)?,
+                    writable,
+                },
+                other => other,
+            };
+            if map.address - 1 != end || map.shown(map.address) != expected {
+                return None;
+            }
+            end = map.last();
+        }
+        (end >= last).then_some(whole)
     }
 }
 
@@ -229,23 +265,38 @@ impl DmaTable {
             .is_some_and(|map| map.size == size)
     }
 
-    /// Removes the map of exactly this range. When this returns no access uses it any more.
+    /// Removes the maps in this range, as VFIO's type 1 version 2 does: a VMM with an IOMMU before the device unmaps more at
+    /// once than it mapped. When this returns no access uses them any more.
     ///
     /// # Errors
-    /// [`MapError::NotMapped`] if there is none.
+    /// [`MapError::NotMapped`] if there is none, or one that lies in the range in part; the table is then as before.
     pub fn unmap(&self, address: u64, size: u64) -> Result<(), MapError> {
+        let none = || MapError::NotMapped { address, size };
+        let more = size.checked_sub(1).ok_or_else(none)?;
+        let last = address.checked_add(more).ok_or_else(none)?;
         let mut maps = self.write();
-        if maps
-            .by_address
-            .get(&address)
-            .is_none_or(|map| map.size != size)
-        {
-            return Err(MapError::NotMapped { address, size });
+        let is_cut = |at: u64| {
+            let map = maps.at(at);
+            map.is_some_and(|map| map.address < address || map.last() > last)
+        };
+        if is_cut(address) || is_cut(last) {
+            return Err(none());
         }
-        let map = maps.by_address.remove(&address);
+        let inside: Vec<u64> = maps
+            .by_address
+            .range(address..=last)
+            .map(|(at, _)| *at)
+            .collect();
+        let gone: Vec<Arc<Map>> = inside
+            .iter()
+            .filter_map(|at| maps.by_address.remove(at))
+            .collect();
         drop(maps);
-        map.iter().for_each(|map| self.forget(map));
-        map.into_iter().for_each(|map| self.retire(map));
+        if gone.is_empty() {
+            return Err(none());
+        }
+        gone.iter().for_each(|map| self.forget(map));
+        gone.into_iter().for_each(|map| self.retire(map));
         Ok(())
     }
 
@@ -535,19 +586,10 @@ impl DmaPort for DmaTable {
             return Mapped::Nothing;
         };
         let maps = self.read();
-        let Some(map) = maps.any_in(address, last) else {
-            return Mapped::Nothing;
-        };
-        if !map.contains(address) || !map.contains(last) {
-            return Mapped::Partial;
-        }
-        match map.file() {
-            None => Mapped::NoFd,
-            Some(id) => Mapped::File {
-                id,
-                offset: map.offset + (address - map.address),
-                writable: map.writable(),
-            },
+        match maps.any_in(address, last) {
+            None => Mapped::Nothing,
+            Some(first) if first.contains(address) && first.contains(last) => first.shown(address),
+            Some(_) => maps.run(address, last).unwrap_or(Mapped::Partial),
         }
     }
 }

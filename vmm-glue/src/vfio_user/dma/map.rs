@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use numagpu_devices::bus::{BackingId, DmaAccess, DmaError};
+use numagpu_devices::bus::{BackingId, DmaAccess, DmaError, Mapped};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::io::Errno;
 use thiserror::Error;
@@ -65,8 +65,8 @@ pub enum MapError {
         /// Bytes to map.
         size: u64,
     },
-    /// No map with just this range.
-    #[error("no map is exactly {address:#x}..+{size:#x}")]
+    /// No map in this range, or one that lies in it only in part.
+    #[error("{address:#x}..+{size:#x} has no map in it, or a map only in part")]
     NotMapped {
         /// First address.
         address: u64,
@@ -149,6 +149,18 @@ impl Map {
         match &self.backing {
             Backing::File(id, _) => Some(*id),
             Backing::Own(_) | Backing::Client(_) => None,
+        }
+    }
+
+    /// What the map shows from `address` on, which is inside.
+    pub(super) fn shown(&self, address: u64) -> Mapped {
+        match self.file() {
+            None => Mapped::NoFd,
+            Some(id) => Mapped::File {
+                id,
+                offset: self.offset + (address - self.address),
+                writable: self.writable(),
+            },
         }
     }
 
