@@ -25,7 +25,7 @@ const CLIENT: [&str; 10] = [
 ];
 
 /// Checks of the second.
-const GUEST: [&str; 17] = [
+const GUEST: [&str; 19] = [
     "open",
     "machine",
     "long mode and local APIC",
@@ -41,6 +41,8 @@ const GUEST: [&str; 17] = [
     "copy, fence, interrupt",
     "HBM through the processor",
     "kick by ioeventfd",
+    "register reads by exits",
+    "kicks without exits",
     "release and scrub",
     "what is not owned is refused",
 ];
@@ -105,7 +107,7 @@ fn where_there_is_kvm_a_guest_drives_the_gpu() {
     all_ok(client, "vfio-user", &CLIENT);
     let (summary, guest) = rest.split_last().unwrap();
     all_ok(guest, "kvm", &GUEST);
-    assert_eq!(summary, "27 ok, 0 failed, 0 skipped");
+    assert_eq!(summary, "29 ok, 0 failed, 0 skipped");
     assert_eq!(code, Some(0));
     let kick = guest.iter().find(|it| it.contains("kick")).unwrap();
     assert!(kick.ends_with("without an exit to this process"), "{kick}");

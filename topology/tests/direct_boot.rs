@@ -92,6 +92,8 @@ fn tables_are_behind_each_other() {
 fn the_page_for_vmms_shows_the_example() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let page = fs::read_to_string(root.join("../docs/vmm.md")).unwrap();
+    // What is behind it is in an example of another crate, whose tests look at it.
+    let (page, _) = page.split_once("## The GPUs in your own process").unwrap();
     let example = fs::read_to_string(root.join("examples/direct_boot.rs")).unwrap();
     let blocks: Vec<&str> = page
         .split("```rust\n")

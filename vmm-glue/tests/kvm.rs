@@ -44,6 +44,22 @@ fn hbm(base: u64) -> GuestRegionMmap {
 }
 
 #[test]
+fn the_page_for_vmms_shows_the_example() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("../docs/vmm.md")).unwrap();
+    let example = std::fs::read_to_string(root.join("examples/kvm.rs")).unwrap();
+    let (_, section) = page.split_once("## The GPUs in your own process").unwrap();
+    let blocks = section.split("```rust\n").skip(1);
+    let blocks: Vec<&str> = blocks
+        .map(|rest| rest.split("```").next().unwrap())
+        .collect();
+    assert_eq!(blocks.len(), 3);
+    for block in blocks {
+        assert!(example.contains(block), "not in the example:\n{block}");
+    }
+}
+
+#[test]
 fn the_guest_has_memory_until_it_is_detached() {
     let Some(vm) = vm("the_guest_has_memory_until_it_is_detached") else {
         return;

@@ -8,6 +8,8 @@ mod protocol;
 mod vm;
 mod writer;
 
+use std::time::{Duration, Instant};
+
 use numagpu_devices::bus::HbmStore as _;
 use numagpu_devices::spec::pci;
 use numagpu_devices::spec::regs::{self, Coherence, IrqBits, OwnerState, QueueFault, QueueState};
@@ -38,6 +40,8 @@ impl Step {
             Step::Copy => "copy, fence, interrupt",
             Step::Compare => "HBM through the processor",
             Step::Kick => "kick by ioeventfd",
+            Step::ReadOften => "register reads by exits",
+            Step::KickOften => "kicks without exits",
             Step::Release => "release and scrub",
             Step::Refusal => "what is not owned is refused",
         }
@@ -66,6 +70,12 @@ fn long(low: u32, high: u32) -> u64 {
     u64::from(low) | u64::from(high) << 32
 }
 
+/// Of what the guest did so often.
+fn each(took: Duration) -> String {
+    let one = took.checked_div(protocol::OFTEN).unwrap_or_default();
+    format!("{:.1} us each", one.as_secs_f64() * 1e6)
+}
+
 /// The sum that the guest makes over what it compares.
 fn sum(data: &[u8]) -> u64 {
     let words = data.chunks_exact(8).map(|word| {
@@ -78,7 +88,7 @@ fn sum(data: &[u8]) -> u64 {
 
 impl Known<'_> {
     /// Holds what the guest told of a step against what is so; what is worth telling.
-    fn check(&self, step: Step, told: &[u32], gpus: &Gpus) -> Outcome<String> {
+    fn check(&self, step: Step, told: &[u32], took: Duration, gpus: &Gpus) -> Outcome<String> {
         let status = || gpus.gpus().first().map(|gpu| gpu.status()).ok_or("no GPU");
         let hbm = self.plan.gpus.first().and_then(|gpu| gpu.hbm.first());
         let hbm = hbm.ok_or("no HBM in the plan")?;
@@ -141,6 +151,15 @@ impl Known<'_> {
                     return Err("the file behind the HBM is not filled".to_owned());
                 }
             }
+            (Step::ReadOften, [read]) => {
+                expect("SCRATCH", *read, protocol::SCRATCH)?;
+                said = each(took);
+            }
+            (Step::KickOften, [fault, low, high]) => {
+                expect("FAULT_CODE", *fault, 0)?;
+                expect("WPTR", long(*low, *high), program::submitted())?;
+                said = each(took);
+            }
             (Step::Release, [_, state, low, high]) => {
                 expect("STATE", *state, OwnerState::Free.code())?;
                 expect("its bits", long(*low, *high), 0)?;
@@ -202,6 +221,7 @@ pub(super) fn run(plan: &Plan, options: &Options, journal: &mut Journal<'_>) {
         };
         let mut told = Vec::new();
         let mut kicks = 0;
+        let mut last = Instant::now();
         let result = machine.run(|gpus, event| {
             let (port, value) = match event {
                 Event::Port(port, value) => (port, value),
@@ -218,13 +238,14 @@ pub(super) fn run(plan: &Plan, options: &Options, journal: &mut Journal<'_>) {
                         return Err(format!("the guest told of a step {value} behind the last"));
                     };
                     expect("the step", value, u32::from(step as u8))?;
-                    let mut said = known.check(step, &told, gpus)?;
+                    let mut said = known.check(step, &told, last.elapsed(), gpus)?;
                     if step == Step::Kick {
-                        expect("stores to the kick that came to this process", kicks, 0)?;
                         said = "without an exit to this process".to_owned();
                     }
+                    expect("stores to the kick that came to this process", kicks, 0)?;
                     journal.note(step.name(), Verdict::Ok(said));
                     told.clear();
+                    last = Instant::now();
                     steps.next();
                 }
                 _ => return Err(format!("the guest stored {value:#x} to port {port:#x}")),

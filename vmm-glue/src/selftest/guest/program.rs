@@ -18,8 +18,8 @@ use numagpu_devices::spec::regs::{
 use numagpu_devices::spec::{pci, sdma};
 
 use super::protocol::{
-    CODE_SELECTOR, CONTEXTS, EXCEPTION, FENCES, FILL, LEN, MESSAGE_ADDRESS, PORT_FAILED, Place,
-    RING_SIZE, Step, TOKEN, TOO_LONG, VECTOR_TOO_LONG, VECTORS, ram,
+    CODE_SELECTOR, CONTEXTS, EXCEPTION, FENCES, FILL, LEN, MESSAGE_ADDRESS, OFTEN, PORT_FAILED,
+    Place, RING_SIZE, SCRATCH, Step, TOKEN, TOO_LONG, VECTOR_TOO_LONG, VECTORS, ram,
 };
 use super::writer::{Writer, Written, at};
 
@@ -66,6 +66,7 @@ pub(super) fn assemble(place: &Place) -> Result<Vec<u8>, IcedError> {
     copy(&mut w)?;
     compare(&mut w)?;
     kick(&mut w)?;
+    often(&mut w)?;
     release(&mut w)?;
     refusal(&mut w)?;
     w.a.jmp(stop)?;
@@ -411,6 +412,39 @@ fn kick(w: &mut Writer) -> Written {
     w.done()
 }
 
+/// Reads a register, and kicks with nothing new in memory, so often that the host can time it.
+fn often(w: &mut Writer) -> Written {
+    let [mut read, mut kick] = std::array::from_fn(|_| w.a.create_label());
+    let scratch = (regs::identity::BASE, &regs::identity::SCRATCH);
+    w.begin(Step::ReadOften)?;
+    w.write(scratch.0, scratch.1, SCRATCH)?;
+    w.a.mov(ecx, OFTEN)?;
+    w.a.set_label(&mut read)?;
+    w.read(scratch.0, scratch.1)?;
+    w.a.dec(ecx)?;
+    w.a.jnz(read)?;
+    w.tell()?;
+    w.done()?;
+
+    w.begin(Step::KickOften)?;
+    w.a.mov(ecx, OFTEN)?;
+    w.a.set_label(&mut kick)?;
+    let place = i32::try_from(pci::KICK_OFFSET).unwrap_or(0);
+    w.a.mov(dword_ptr(r13 + place), ecx)?;
+    w.a.dec(ecx)?;
+    w.a.jnz(kick)?;
+    w.read(regs::queue::BASE, &regs::queue::FAULT_CODE)?;
+    w.tell()?;
+    w.read_long(regs::queue::BASE, &regs::queue::WPTR)?;
+    w.tell_long()?;
+    w.done()
+}
+
+/// Bytes in the ring after both submissions.
+pub(super) fn submitted() -> u64 {
+    bytes_of(&copy_packets()) + bytes_of(&kick_packets())
+}
+
 /// Gives the HBM back and sees that nothing is left in it.
 fn release(w: &mut Writer) -> Written {
     use regs::partition::{BASE, COMMAND, RESULT, STATE};
@@ -430,7 +464,7 @@ fn release(w: &mut Writer) -> Written {
 /// Fills HBM that it does not own any more, and hears of it by the other vector.
 fn refusal(w: &mut Writer) -> Written {
     use regs::queue::{BASE, FAULT_ADDR, FAULT_CODE, STATUS};
-    let before = bytes_of(&copy_packets()) + bytes_of(&kick_packets());
+    let before = submitted();
     let fill = sdma::const_fill(0, FILL, LEN);
     w.begin(Step::Refusal)?;
     w.a.mov(rbx, ram::RING + before)?;

@@ -59,6 +59,11 @@ pub(super) const CONTEXTS: [u32; 2] = [0x51, 0x52];
 /// What the second submission fills with.
 pub(super) const FILL: u32 = 0xa5c3_0f69;
 
+/// How often the steps that are timed do what they do.
+pub(super) const OFTEN: u32 = 256;
+/// What is read so often, from `IDENTITY.SCRATCH`.
+pub(super) const SCRATCH: u32 = 0x5c2a_7c11;
+
 /// Where the program puts the GPU's BARs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place {
@@ -89,12 +94,14 @@ pub(super) enum Step {
     Copy,
     Compare,
     Kick,
+    ReadOften,
+    KickOften,
     Release,
     Refusal,
 }
 
 impl Step {
-    pub(super) const ALL: [Step; 15] = [
+    pub(super) const ALL: [Step; 17] = [
         Step::Start,
         Step::Find,
         Step::SizeBars,
@@ -108,6 +115,8 @@ impl Step {
         Step::Copy,
         Step::Compare,
         Step::Kick,
+        Step::ReadOften,
+        Step::KickOften,
         Step::Release,
         Step::Refusal,
     ];

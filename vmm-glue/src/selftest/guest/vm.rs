@@ -24,6 +24,8 @@ use crate::kvm::{
     Bdf, Doorbells, Endpoint, GuestDma, HostBridge, MemorySlots, MsiRoutes, Windows, hbm_region,
 };
 
+/// The only version of KVM's interface that there is (`KVM_GET_API_VERSION`).
+const API_VERSION: i32 = 12;
 /// Where BARs may be below 4 GiB, and ECAM of one bus behind them. RAM ends below.
 const WINDOW: Range = Range {
     base: 0xc000_0000,
@@ -78,10 +80,18 @@ pub(super) enum Event {
 pub(super) fn open(path: &Path) -> Outcome<Kvm> {
     let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes());
     let name = name.map_err(|error| format!("{}: {error}", path.display()))?;
-    Kvm::new_with_path(name).map_err(|error| {
+    let kvm = Kvm::new_with_path(name).map_err(|error| {
         let error = rustix::io::Errno::from_raw_os_error(error.errno());
         format!("{}: {error}", path.display())
-    })
+    })?;
+    // Whatever else is there opens too.
+    match kvm.get_api_version() {
+        API_VERSION => Ok(kvm),
+        other => Err(format!(
+            "{}: no KVM of API version {API_VERSION}, but {other}",
+            path.display()
+        )),
+    }
 }
 
 /// With what was tried.
