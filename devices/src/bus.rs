@@ -84,6 +84,12 @@ pub enum DmaError {
         /// First address.
         address: u64,
     },
+    /// The VMM, which has to be asked for this memory, did not give or take it.
+    #[error("the VMM did not move the memory at {address:#x}")]
+    Failed {
+        /// First address of what was asked for.
+        address: u64,
+    },
     /// The transport is gone.
     #[error("no VMM is connected")]
     Disconnected,
@@ -94,8 +100,24 @@ pub enum DmaError {
 pub enum DmaAccess {
     /// The device reads memory.
     Read,
-    /// The device writes memory.
+    /// The device writes memory, all of it: what it does not write is zero afterwards where the VMM is asked.
     Write,
+    /// The device reads memory and writes it, or a part of it.
+    Change,
+}
+
+impl DmaAccess {
+    /// Whether the device sees what is there.
+    #[must_use]
+    pub fn reads(self) -> bool {
+        self != DmaAccess::Write
+    }
+
+    /// Whether memory may be different afterwards.
+    #[must_use]
+    pub fn writes(self) -> bool {
+        self != DmaAccess::Read
+    }
 }
 
 /// Identity of a file that backs memory: two mappings with equal identity and offset show the same bytes.
@@ -129,11 +151,16 @@ pub enum Mapped {
 
 /// Guest memory by bus address (IOVA). Every call checks the mapping that is in force when it is made; a
 /// mapping cannot go away while a call uses it.
+///
+/// Memory that the VMM maps without a file ([`Mapped::NoFd`]) is moved by asking the VMM. That takes tens of
+/// microseconds, is not atomic to the guest's processors, and can fail half-way. It cannot be done by the thread that
+/// calls the [`PciFunction`]: that thread would wait for itself, so for it such memory fails at once.
 pub trait DmaPort: Send + Sync {
     /// Calls `f` with each piece of `len` bytes from `address`, in order, as directly accessible memory.
     ///
     /// # Errors
-    /// [`DmaError`] if any part is not mapped for `access`; then `f` was not called.
+    /// [`DmaError`] if any part is not mapped for `access`; then `f` was not called. After [`DmaError::Failed`] or
+    /// [`DmaError::Disconnected`] it may have been, and a part may be written.
     fn access(
         &self,
         address: u64,
@@ -148,7 +175,7 @@ pub trait DmaPort: Send + Sync {
     ///
     /// # Errors
     /// [`DmaError`] with the range's address, if any part of `source` is not mapped for reading or any of
-    /// `destination` not for writing; then nothing was copied.
+    /// `destination` not for writing; then nothing was copied. [`DmaError::Failed`] may leave a part copied.
     fn copy(&self, source: u64, destination: u64, len: u64) -> Result<(), DmaError>;
 
     /// What the VMM maps over `address..address + len`.

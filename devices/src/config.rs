@@ -8,10 +8,11 @@ use numagpu_spec::{pci, regs};
 use thiserror::Error;
 
 use crate::aperture::{ApertureConfig, ApertureError};
-use crate::bus::{Bar, HbmStore};
+use crate::bus::{Area, Bar, HbmStore};
 use crate::clock::{Clock, HostClock};
 use crate::config_space::ResizableBar;
 use crate::fabric::FabricError;
+use crate::ownership::OnDisconnect;
 use crate::registers::TableError;
 
 /// Identity of the PCI function.
@@ -83,6 +84,9 @@ pub struct GpuConfig {
     pub partitions: Vec<PartitionConfig>,
     /// The BAR through which CPUs reach the HBM, if it is no memory of the machine. All partitions are in it.
     pub aperture: Option<ApertureConfig>,
+    /// Memory of the doorbell page, of [`pci::BAR_DOORBELLS_SIZE`] bytes, for VMMs to map: for a GPU with an aperture,
+    /// where a VMM that maps that waits for each write that it has to send. None if doorbells come as writes only.
+    pub doorbells: Option<Arc<dyn HbmStore>>,
     /// Copy queues, 1 to 8.
     pub queues: u32,
     /// Id shared by the GPUs that reach each other; 0 = no hive, no peers.
@@ -95,6 +99,8 @@ pub struct GpuConfig {
     pub cpu_pxm: u32,
     /// Links, at most 32. Each link between two GPUs is in the list of both.
     pub links: Vec<LinkConfig>,
+    /// What becomes of HBM when the VMM goes away.
+    pub on_disconnect: OnDisconnect,
     /// Modelled boot time.
     pub boot_delay: Duration,
     /// Code with which the boot fails; 0 = it does not.
@@ -110,20 +116,22 @@ pub struct GpuConfig {
 }
 
 impl GpuConfig {
-    /// A GPU on its own: default ids, no aperture, 2 queues, no hive, no links, 1 ms to boot, the host's
-    /// clock and speed.
+    /// A GPU on its own: default ids, no aperture, 2 queues, no hive, no links, a scrub at each disconnect, 1 ms to
+    /// boot, the host's clock and speed.
     pub fn new(index: u32, partitions: Vec<PartitionConfig>) -> GpuConfig {
         GpuConfig {
             index,
             ids: PciIds::default(),
             partitions,
             aperture: None,
+            doorbells: None,
             queues: 2,
             hive_id: 0,
             node_id: 0,
             hive_size: 1,
             cpu_pxm: 0,
             links: Vec::new(),
+            on_disconnect: OnDisconnect::Scrub,
             boot_delay: Duration::from_millis(1),
             boot_fault: 0,
             clock: Arc::new(HostClock::new()),
@@ -180,6 +188,11 @@ impl GpuConfig {
                 }
             }
         }
+        if let Some(page) = &self.doorbells
+            && page.size() != pci::BAR_DOORBELLS_SIZE
+        {
+            return Err(GpuError::DoorbellPage { size: page.size() });
+        }
         if let Some(aperture) = &self.aperture {
             aperture.check(&self.partitions)?;
         }
@@ -195,10 +208,17 @@ impl GpuConfig {
             prefetchable: false,
             mappable: Vec::new(),
         };
+        let mut doorbells = bar(pci::BAR_DOORBELLS, pci::BAR_DOORBELLS_SIZE, true);
+        if let Some(page) = &self.doorbells
+            && page.file().is_some()
+        {
+            let (offset, size) = (0, page.size());
+            doorbells.mappable.push(Area { offset, size });
+        }
         let mut bars = vec![
             bar(pci::BAR_REGISTERS, pci::BAR_REGISTERS_SIZE, false),
             bar(pci::BAR_MSIX, pci::BAR_MSIX_SIZE, false),
-            bar(pci::BAR_DOORBELLS, pci::BAR_DOORBELLS_SIZE, true),
+            doorbells,
         ];
         bars.extend(self.aperture.map(|it| it.bar(&self.partitions)));
         bars
@@ -244,6 +264,15 @@ pub enum GpuError {
         min: usize,
         /// At most.
         max: usize,
+    },
+    /// A doorbell page of another size than its BAR.
+    #[error(
+        "a doorbell page of {size:#x} bytes; the BAR has {:#x}",
+        pci::BAR_DOORBELLS_SIZE
+    )]
+    DoorbellPage {
+        /// Bytes of the page.
+        size: u64,
     },
     /// A class code above 24 bits.
     #[error("class code {class:#x} is above 0xffffff")]

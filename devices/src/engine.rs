@@ -119,7 +119,8 @@ impl Touch {
     fn access(self) -> DmaAccess {
         match self {
             Touch::Load => DmaAccess::Read,
-            Touch::Store | Touch::Change => DmaAccess::Write,
+            Touch::Store => DmaAccess::Write,
+            Touch::Change => DmaAccess::Change,
         }
     }
 }
@@ -184,14 +185,14 @@ impl<'r> Engine<'r> {
                 let route = seen.route.as_deref();
                 route.into_iter().for_each(|route| match access {
                     DmaAccess::Read => route.count_in(len),
-                    DmaAccess::Write => route.count_out(len),
+                    DmaAccess::Write | DmaAccess::Change => route.count_out(len),
                 });
             }
             (Owner::Ram(_), access) => {
                 let link = self.view.cpu_link();
                 link.into_iter().for_each(|link| match access {
                     DmaAccess::Read => link.count_in(len),
-                    DmaAccess::Write => link.count_out(len),
+                    DmaAccess::Write | DmaAccess::Change => link.count_out(len),
                 });
             }
         }

@@ -4,8 +4,8 @@
 //!
 //! | injection | what a driver sees | how it recovers |
 //! |---|---|---|
-//! | [`Injection::CorrectableError`] | `RAS.CORRECTABLE` counts, `LAST_ADDRESS`, `LAST_KIND`, IRQ bit RAS | nothing to do |
-//! | [`Injection::UncorrectableError`] | as above with `UNCORRECTABLE`; engines that read the line stop with `Poisoned` | write the line anew, or retire its page |
+//! | [`Injection::CorrectableError`] | `RAS.CORRECTABLE` counts, `LAST_ADDRESS`, `LAST_KIND`, IRQ bit RAS; AER status Corrected Internal | clear AER's bit |
+//! | [`Injection::UncorrectableError`] | as above with `UNCORRECTABLE` and AER status Uncorrectable Internal; engines that read the line stop with `Poisoned` | clear AER's bit; write the line anew, or retire its page |
 //! | [`Injection::EngineHang`] | the queue stays `Running`, `RPTR` and `PACKETS` stand still | queue reset |
 //! | [`Injection::LostDoorbell`] | `WPTR` does not follow the doorbell | ring again |
 //! | [`Injection::LostInterrupt`] | the bit in `IRQ.STATUS` is set, no message comes, `IRQ.RAISED` stands still | poll `IRQ.STATUS` |
@@ -25,6 +25,7 @@ use numagpu_spec::{pci, regs::RasCommand, regs::RasResult, regs::ras};
 use thiserror::Error;
 
 use crate::bus::ResetKind;
+use crate::config_space::InternalError;
 use crate::fabric::{FabricError, Place};
 use crate::gpu::{Gpu, lock};
 use crate::health::MAX_POISONED;
@@ -237,6 +238,7 @@ impl Gpu {
             Injection::CorrectableError { address } => {
                 self.own_hbm(address)?;
                 self.health.correctable(address);
+                self.report(InternalError::Corrected);
                 self.tell(IrqBits::RAS);
             }
             Injection::UncorrectableError { address } => {
@@ -244,6 +246,7 @@ impl Gpu {
                 if !self.health.poison(address) {
                     return Err(InjectError::TooManyErrors);
                 }
+                self.report(InternalError::Uncorrectable);
                 self.tell(IrqBits::RAS);
             }
             Injection::EngineHang { queue } => self.queue(queue)?.hang(),
@@ -316,6 +319,13 @@ impl Gpu {
         let mut own = self.partitions().iter();
         let found = own.any(|it| (it.base()..it.end()).contains(&address));
         found.then_some(()).ok_or(InjectError::NotHbm { address })
+    }
+
+    /// Notes a memory error where bus drivers look: an error of the function's own memory is an internal error (PCIe Base
+    /// 6.0 section 6.2.10). The ERR message goes nowhere: no transport has a way for it that a VMM takes for anything but
+    /// a dead device.
+    fn report(&self, error: InternalError) {
+        let _message = lock(&self.config_space).report(error);
     }
 
     /// Raises an event's interrupt.

@@ -5,7 +5,7 @@
 //! registers live in the register file, where the driver's write-1-to-clear meets the device's set atomically.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use numagpu_spec::regs::irq;
 use numagpu_spec::table::Reg;
@@ -20,6 +20,8 @@ pub struct Irq {
     /// Whether the function may write to memory, as a message is one (PCI Local Bus 3.0 section 6.8.3).
     bus_master: Arc<AtomicBool>,
     sink: Mutex<Option<Arc<dyn InterruptSink>>>,
+    /// See [`Irq::hold_resets`]. Taken before the lock of a partition's machine.
+    resets: Mutex<()>,
     /// Messages that get lost.
     lose: AtomicU32,
     causes: AtomicU64,
@@ -34,6 +36,7 @@ impl Irq {
             lose: AtomicU32::new(0),
             causes: AtomicU64::new(0),
             sink: Mutex::new(None),
+            resets: Mutex::new(()),
         }
     }
 
@@ -50,6 +53,12 @@ impl Irq {
     /// Causes since power-on, whether a message was sent or not.
     pub fn causes(&self) -> u64 {
         self.causes.load(Ordering::Acquire)
+    }
+
+    /// Keeps a reset from clearing the causes. What happens and is raised under it lies before a reset, which clears its
+    /// cause, or after it: none is cleared first and then set for what was before.
+    pub(crate) fn hold_resets(&self) -> MutexGuard<'_, ()> {
+        self.resets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A cause: sets `bits`, and sends the message of `vector` if one of them is enabled.

@@ -172,7 +172,7 @@ impl Context {
     /// Reads guest memory.
     ///
     /// # Errors
-    /// [`AccessError`]; `data` is then unchanged.
+    /// [`AccessError`]; `data` is then unchanged, unless the VMM was asked and failed ([`DmaError::Failed`]).
     pub fn read(&self, address: u64, data: &mut [u8]) -> Result<(), AccessError> {
         let mut done = 0;
         self.access(address, data.len() as u64, DmaAccess::Read, &mut |piece| {
@@ -184,7 +184,7 @@ impl Context {
     /// Writes guest memory.
     ///
     /// # Errors
-    /// [`AccessError`]; nothing was written then.
+    /// [`AccessError`]; nothing was written then, unless the VMM was asked and failed ([`DmaError::Failed`]).
     pub fn write(&self, address: u64, data: &[u8]) -> Result<(), AccessError> {
         let mut done = 0;
         self.access(address, data.len() as u64, DmaAccess::Write, &mut |piece| {
@@ -196,7 +196,7 @@ impl Context {
     /// Calls `f` with each piece of `len` bytes of guest memory, in order.
     ///
     /// # Errors
-    /// [`AccessError`]; then `f` was not called.
+    /// [`AccessError`]; then `f` was not called, unless the VMM was asked and failed ([`DmaError::Failed`]).
     pub fn access(
         &self,
         address: u64,
@@ -210,7 +210,7 @@ impl Context {
     /// Copies `len` bytes of guest memory; ranges may overlap.
     ///
     /// # Errors
-    /// [`AccessError`]; nothing was copied then.
+    /// [`AccessError`]; nothing was copied then, unless the VMM was asked and failed ([`DmaError::Failed`]).
     pub fn copy(&self, source: u64, destination: u64, len: u64) -> Result<(), AccessError> {
         self.dma(|dma| dma.copy(source, destination, len))
     }

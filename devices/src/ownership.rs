@@ -76,7 +76,8 @@ pub const fn edge(state: OwnerState, event: Event) -> Edge {
             | E::BusMasterOff
             | E::LeaseExpired
             | E::Scrubbed
-            | E::ScrubFailed,
+            | E::ScrubFailed
+            | E::Kept,
         ) => (S::Free, Nothing, None),
 
         (S::Claimed, E::Claim | E::ClaimNotReady | E::ClaimNotCoherent) => {
@@ -100,7 +101,7 @@ pub const fn edge(state: OwnerState, event: Event) -> Edge {
             | E::PartitionChange
             | E::Disconnect,
         ) => (S::Releasing, Scrub, None),
-        (S::Claimed, E::Scrubbed | E::ScrubFailed) => (S::Claimed, Nothing, None),
+        (S::Claimed, E::Scrubbed | E::ScrubFailed | E::Kept) => (S::Claimed, Nothing, None),
 
         (
             S::Releasing,
@@ -123,7 +124,7 @@ pub const fn edge(state: OwnerState, event: Event) -> Edge {
         // Not so for a disconnect: until then CPUs could write behind the scrubber. It runs once more. Nor where
         // borders move: others may have owned the memory since.
         (S::Releasing, E::Disconnect | E::PartitionChange) => (S::Releasing, Scrub, None),
-        (S::Releasing, E::Scrubbed) => (S::Free, Free, None),
+        (S::Releasing, E::Scrubbed | E::Kept) => (S::Free, Free, None),
         (S::Releasing, E::ScrubFailed) => (S::Faulted, Nothing, None),
 
         (
@@ -143,9 +144,10 @@ pub const fn edge(state: OwnerState, event: Event) -> Edge {
         (S::Faulted, E::FunctionReset | E::HotReset | E::PartitionChange | E::Disconnect) => {
             (S::Releasing, Scrub, None)
         }
-        (S::Faulted, E::BusMasterOff | E::LeaseExpired | E::Scrubbed | E::ScrubFailed) => {
-            (S::Faulted, Nothing, None)
-        }
+        (
+            S::Faulted,
+            E::BusMasterOff | E::LeaseExpired | E::Scrubbed | E::ScrubFailed | E::Kept,
+        ) => (S::Faulted, Nothing, None),
     };
     Edge {
         next,
@@ -206,6 +208,8 @@ pub struct Machine {
     lost: bool,
     /// Scrubs asked for and not yet done; only the last one frees.
     scrubs: u32,
+    /// Whether none of them clears: each was asked for by a disconnect that keeps contents.
+    keeping: bool,
     history: VecDeque<Step>,
 }
 
@@ -224,6 +228,16 @@ pub struct Circumstances {
     pub coherent: bool,
 }
 
+/// What becomes of HBM when the VMM goes away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnDisconnect {
+    /// All of it is scrubbed: the next VMM finds zeros.
+    #[default]
+    Scrub,
+    /// It has no owner any more, but what was in it stays. The next VMM, whoever that is, reads it.
+    Keep,
+}
+
 /// What the caller has to do after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Duty {
@@ -231,6 +245,8 @@ pub enum Duty {
     Nothing,
     /// Give the partition to the scrubber; it has no owner now.
     Scrub,
+    /// The same, but the scrubber leaves its contents as they are and says [`Event::Kept`].
+    Keep,
     /// Raise the OWNERSHIP interrupt.
     Notify,
 }
@@ -247,6 +263,7 @@ impl Machine {
             loss: OwnerLoss::None,
             lost: false,
             scrubs: 0,
+            keeping: false,
             history: VecDeque::with_capacity(HISTORY),
         }
     }
@@ -324,8 +341,26 @@ impl Machine {
         self.step(event, None, now_ns)
     }
 
+    /// The VMM went away. [`OnDisconnect::Keep`] holds for what an owner had and for what was free. What is being
+    /// scrubbed, or could not be, is scrubbed all the same: its last owner was promised that.
+    pub fn disconnect(&mut self, contents: OnDisconnect, now_ns: u64) -> Duty {
+        let again = self.keeping && self.scrubs > 0;
+        let whole = matches!(self.state, OwnerState::Claimed | OwnerState::Free);
+        let duty = self.incident(Event::Disconnect, now_ns);
+        self.keeping = contents == OnDisconnect::Keep && (whole || again);
+        match duty {
+            Duty::Scrub if self.keeping && again => {
+                // The one under way serves this time too. A second could take the place of one that clears.
+                self.scrubs = self.scrubs.saturating_sub(1);
+                Duty::Nothing
+            }
+            Duty::Scrub if self.keeping => Duty::Keep,
+            other => other,
+        }
+    }
+
     fn step(&mut self, event: Event, with: Option<&Circumstances>, now_ns: u64) -> Duty {
-        if matches!(event, Event::Scrubbed | Event::ScrubFailed) {
+        if matches!(event, Event::Scrubbed | Event::ScrubFailed | Event::Kept) {
             self.scrubs = self.scrubs.saturating_sub(1);
             if self.scrubs > 0 {
                 // A later scrub was asked for and decides.
@@ -388,6 +423,7 @@ impl Machine {
             Action::Scrub => {
                 self.owner = 0;
                 self.lease_end = 0;
+                self.keeping = false;
                 if self.scrubs >= 2 {
                     // One scrub is at work and one has not begun: the latter serves this time too.
                     return Duty::Nothing;
@@ -408,7 +444,7 @@ impl Machine {
 }
 
 impl Machine {
-    /// All of it but how many scrubs are under way, and `fail_scrub`, which it does not know.
+    /// All of it but how many scrubs are under way and whether they clear, and `fail_scrub`, which it does not know.
     pub(crate) fn save(&self) -> SavedPartition {
         let Machine {
             state,
@@ -419,6 +455,7 @@ impl Machine {
             loss,
             lost,
             scrubs: _,
+            keeping: _,
             history,
         } = self;
         let step = |step: &Step| {
@@ -488,6 +525,7 @@ impl Machine {
             loss,
             lost: saved.lost,
             scrubs: u32::from(state == OwnerState::Releasing),
+            keeping: false,
             history,
         })
     }
@@ -536,6 +574,7 @@ mod tests {
                     (Releasing, Scrub, None),
                     ignore(Free),
                     ignore(Free),
+                    ignore(Free),
                 ],
             ),
             (
@@ -559,6 +598,7 @@ mod tests {
                     (Releasing, Scrub, None),
                     (Releasing, Scrub, None),
                     (Releasing, Scrub, None),
+                    ignore(Claimed),
                     ignore(Claimed),
                     ignore(Claimed),
                 ],
@@ -586,6 +626,7 @@ mod tests {
                     (Releasing, Scrub, None),
                     (Free, Freed, None),
                     ignore(Faulted),
+                    (Free, Freed, None),
                 ],
             ),
             (
@@ -609,6 +650,7 @@ mod tests {
                     ignore(Faulted),
                     (Releasing, Scrub, None),
                     (Releasing, Scrub, None),
+                    ignore(Faulted),
                     ignore(Faulted),
                     ignore(Faulted),
                 ],
@@ -749,6 +791,50 @@ mod tests {
         assert_eq!(machine.state(), OwnerState::Releasing);
         machine.incident(Event::Scrubbed, 5);
         assert_eq!(machine.state(), OwnerState::Free);
+    }
+
+    #[test]
+    fn a_disconnect_keeps_only_what_was_whole() {
+        let keep = |machine: &mut Machine| machine.disconnect(OnDisconnect::Keep, 1);
+        let mut machine = Machine::new();
+        assert_eq!(keep(&mut machine), Duty::Keep, "free");
+        assert_eq!(machine.incident(Event::Kept, 2), Duty::Nothing);
+        machine.command(CLAIM, GOOD, 0);
+        assert_eq!(keep(&mut machine), Duty::Keep, "claimed");
+        assert_eq!(
+            (machine.owner(), machine.loss()),
+            (0, OwnerLoss::Disconnect)
+        );
+        // The next VMM comes and goes before the scrubber looks.
+        assert_eq!(keep(&mut machine), Duty::Nothing);
+        machine.incident(Event::Kept, 3);
+        assert_eq!(machine.state(), OwnerState::Free);
+
+        // What its owner gave up was promised to be zeros.
+        machine.command(CLAIM, GOOD, 0);
+        assert_eq!(machine.command(RELEASE, GOOD, 1), Duty::Scrub);
+        assert_eq!(keep(&mut machine), Duty::Scrub, "releasing");
+        machine.incident(Event::Scrubbed, 4);
+        machine.incident(Event::ScrubFailed, 5);
+        assert_eq!(machine.state(), OwnerState::Faulted);
+        assert_eq!(keep(&mut machine), Duty::Scrub, "faulted");
+        machine.incident(Event::Scrubbed, 6);
+
+        // Another partition's memory is cleared though a disconnect keeps its own.
+        assert_eq!(keep(&mut machine), Duty::Keep);
+        assert_eq!(machine.incident(Event::PartitionChange, 7), Duty::Scrub);
+        assert_eq!(
+            keep(&mut machine),
+            Duty::Nothing,
+            "the one that clears serves"
+        );
+        machine.incident(Event::Kept, 8);
+        assert_eq!(machine.state(), OwnerState::Releasing);
+        machine.incident(Event::Scrubbed, 9);
+        assert_eq!(machine.state(), OwnerState::Free);
+
+        let mut scrubbing = Machine::new();
+        assert_eq!(scrubbing.disconnect(OnDisconnect::Scrub, 1), Duty::Scrub);
     }
 
     #[test]

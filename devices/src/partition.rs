@@ -17,7 +17,7 @@ use crate::bus::{DmaPort, HbmStore};
 use crate::coherence;
 use crate::config::PartitionConfig;
 use crate::health::Health;
-use crate::ownership::{Circumstances, Duty, ENDLESS, Event, Machine, Step};
+use crate::ownership::{Circumstances, Duty, ENDLESS, Event, Machine, OnDisconnect, Step};
 use crate::state::SavedPartition;
 
 /// Pause between two looks at the gate: about the time of one chunk of a copy.
@@ -232,6 +232,11 @@ impl Partition {
         self.step(|machine| machine.incident(event, now_ns))
     }
 
+    /// The VMM went away.
+    pub fn disconnect(&self, contents: OnDisconnect, now_ns: u64) -> Duty {
+        self.step(|machine| machine.disconnect(contents, now_ns))
+    }
+
     /// Ends a lease that is over at `now_ns`.
     pub fn expire(&self, now_ns: u64) -> Duty {
         match self.lease_end() {
@@ -263,15 +268,20 @@ impl Partition {
     /// # Errors
     /// The store's error.
     pub fn scrub(&self) -> std::io::Result<()> {
-        while self.users.load(Ordering::SeqCst) != 0 {
-            std::thread::sleep(GATE_PAUSE);
-        }
+        self.wait_until_left();
         if self.fail_scrub.swap(false, Ordering::AcqRel) {
             return Err(std::io::Error::other("as injected"));
         }
         self.store.scrub(0, self.size)?;
         self.health.wrote(self.base, self.size);
         Ok(())
+    }
+
+    /// Waits until no engine is inside. For the scrubber, after [`Duty::Keep`].
+    pub fn wait_until_left(&self) {
+        while self.users.load(Ordering::SeqCst) != 0 {
+            std::thread::sleep(GATE_PAUSE);
+        }
     }
 
     /// The next scrub fails.

@@ -1,4 +1,5 @@
-//! How long a worker that ran out of work looks for the next doorbell before it sleeps.
+//! How long one that ran out of work looks for more before it sleeps: a queue's worker for the next doorbell, a transport
+//! for the next message.
 //!
 //! A thread that sleeps wakes after tens of microseconds; one that looks answers in less than one, but keeps a core busy.
 //! So a worker learns, as KVM does for idle CPUs (`halt_poll_ns`): while doorbells come soon after one another it looks
@@ -16,10 +17,30 @@ const LONGEST: Duration = Duration::from_micros(50);
 /// Looks between two offers of the core to whoever else wants it.
 const LOOKS: u32 = 32;
 
+/// A time to look for work, learned from when work came.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Window(Duration);
+
+impl Window {
+    /// How long to look this time: nothing, or 10 to 50 us.
+    pub fn length(self) -> Duration {
+        self.0
+    }
+
+    /// Work came `pause` after the last was done.
+    pub fn learn(&mut self, pause: Duration) {
+        if pause > LONGEST {
+            self.0 = Duration::ZERO;
+        } else if pause > self.0 {
+            self.0 = (self.0 * 2).clamp(FIRST, LONGEST);
+        }
+    }
+}
+
 /// How long one worker looks.
 #[derive(Debug, Default)]
 pub(crate) struct Patience {
-    window: Duration,
+    window: Window,
 }
 
 impl Patience {
@@ -31,7 +52,7 @@ impl Patience {
             found => found.ok(),
         };
         if let Some(sent) = kick {
-            self.learn(sent.saturating_duration_since(since));
+            self.window.learn(sent.saturating_duration_since(since));
         }
         kick.is_some()
     }
@@ -45,19 +66,10 @@ impl Patience {
                     found => return found,
                 }
             }
-            if since.elapsed() >= self.window {
+            if since.elapsed() >= self.window.length() {
                 return Err(TryRecvError::Empty);
             }
             std::thread::yield_now();
-        }
-    }
-
-    /// A doorbell rang `pause` after the work was done.
-    fn learn(&mut self, pause: Duration) {
-        if pause > LONGEST {
-            self.window = Duration::ZERO;
-        } else if pause > self.window {
-            self.window = (self.window * 2).clamp(FIRST, LONGEST);
         }
     }
 }
@@ -67,11 +79,11 @@ mod tests {
     use super::*;
 
     fn after(pauses: &[u64]) -> Duration {
-        let mut patience = Patience::default();
+        let mut window = Window::default();
         for pause in pauses {
-            patience.learn(Duration::from_micros(*pause));
+            window.learn(Duration::from_micros(*pause));
         }
-        patience.window
+        window.length()
     }
 
     #[test]
@@ -90,13 +102,15 @@ mod tests {
     #[test]
     fn a_window_ends_and_the_wait_goes_on() {
         let (send, kicks) = crossbeam::channel::bounded(1);
-        let mut patience = Patience { window: LONGEST };
+        let mut patience = Patience {
+            window: Window(LONGEST),
+        };
         let sender = std::thread::spawn(move || {
             std::thread::sleep(20 * LONGEST);
             send.send(Instant::now()).unwrap();
         });
         assert!(patience.wait(&kicks));
-        assert_eq!(patience.window, Duration::ZERO);
+        assert_eq!(patience.window.length(), Duration::ZERO);
         sender.join().unwrap();
         assert!(!patience.wait(&kicks));
     }

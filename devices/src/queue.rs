@@ -268,7 +268,6 @@ impl Queue {
             },
             0,
         );
-        drop(control);
         shared.announce_fault();
         true
     }
@@ -290,6 +289,19 @@ impl Queue {
         self.shared.hung.store(false, Ordering::SeqCst);
         self.shared.show_state(QueueState::Disabled);
         drop(control);
+    }
+
+    /// Whether doorbells have an effect.
+    pub(crate) fn is_enabled(&self) -> bool {
+        !matches!(
+            self.shared.state(),
+            QueueState::Disabled | QueueState::Fault
+        )
+    }
+
+    /// Bytes produced, as the last doorbell said.
+    pub(crate) fn wptr(&self) -> u64 {
+        self.shared.shown.wptr.load(Ordering::Acquire)
     }
 
     /// Wakes the worker.
@@ -423,7 +435,8 @@ impl Shared {
         self.show_state(QueueState::Fault);
     }
 
-    /// Tells the driver and the log of a fault that [`Shared::stop_with`] noted.
+    /// Tells the driver and the log of a fault that [`Shared::stop_with`] noted. The caller still holds `control`, so that
+    /// a reset, which clears the cause, comes before the fault or after its interrupt.
     fn announce_fault(&self) {
         self.irq.raise(IrqBits::FAULT.bits(), pci::VECTOR_EVENTS);
         if self.log.allow() {
@@ -536,7 +549,6 @@ impl Shared {
         }
         let packet = self.shown.packets.load(Ordering::Acquire);
         self.stop_with(&mut control, fault, packet);
-        drop(control);
         self.announce_fault();
     }
 }

@@ -23,10 +23,22 @@ struct Shared {
     done: Condvar,
 }
 
+/// What is to be done with a partition that was given up.
+#[derive(Clone, Copy)]
+enum Work {
+    /// Wait until engines are out, and clear it.
+    Clear,
+    /// Wait only.
+    Keep,
+}
+
+/// A partition and what is to be done with it.
+type Job = (Arc<Partition>, Work);
+
 /// The scrubber of one GPU; its thread starts with the first job.
 pub struct Scrubber {
     shared: Arc<Shared>,
-    jobs: Mutex<Option<Sender<Arc<Partition>>>>,
+    jobs: Mutex<Option<Sender<Job>>>,
 }
 
 impl Scrubber {
@@ -49,7 +61,8 @@ impl Scrubber {
         match duty {
             Duty::Nothing => {}
             Duty::Notify => self.shared.notify(),
-            Duty::Scrub => self.scrub(partition),
+            Duty::Scrub => self.give(partition, Work::Clear),
+            Duty::Keep => self.give(partition, Work::Keep),
         }
     }
 
@@ -68,7 +81,7 @@ impl Scrubber {
         true
     }
 
-    fn scrub(&self, partition: &Arc<Partition>) {
+    fn give(&self, partition: &Arc<Partition>, work: Work) {
         {
             let lock = self.shared.pending.lock();
             *lock.unwrap_or_else(PoisonError::into_inner) += 1;
@@ -86,25 +99,32 @@ impl Scrubber {
         }
         let sent = jobs
             .as_ref()
-            .is_some_and(|jobs| jobs.send(Arc::clone(partition)).is_ok());
+            .is_some_and(|jobs| jobs.send((Arc::clone(partition), work)).is_ok());
         drop(jobs);
         if !sent {
             // Slow but safe: here and now.
-            self.shared.job(partition);
+            self.shared.job(partition, work);
         }
     }
 }
 
 impl Shared {
-    fn work(&self, jobs: &Receiver<Arc<Partition>>) {
-        for partition in jobs {
-            self.job(&partition);
+    fn work(&self, jobs: &Receiver<Job>) {
+        for (partition, work) in jobs {
+            self.job(&partition, work);
         }
     }
 
-    fn job(&self, partition: &Partition) {
-        let event = match partition.scrub() {
-            Ok(()) => Event::Scrubbed,
+    fn job(&self, partition: &Partition, work: Work) {
+        let done = match work {
+            Work::Clear => partition.scrub().map(|()| Event::Scrubbed),
+            Work::Keep => {
+                partition.wait_until_left();
+                Ok(Event::Kept)
+            }
+        };
+        let event = match done {
+            Ok(event) => event,
             Err(error) => {
                 if self.log.allow() {
                     tracing::error!(%error, "HBM at {:#x} cannot be scrubbed", partition.base());
@@ -112,9 +132,11 @@ impl Shared {
                 Event::ScrubFailed
             }
         };
+        let held = self.irq.hold_resets();
         if partition.incident(event, self.clock.now_ns()) == Duty::Notify {
             self.notify();
         }
+        drop(held);
         let lock = self.pending.lock();
         let mut pending = lock.unwrap_or_else(PoisonError::into_inner);
         *pending = pending.saturating_sub(1);

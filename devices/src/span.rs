@@ -35,7 +35,9 @@ impl From<BadMemory> for Fault {
 
 pub(crate) fn dma_fault(error: DmaError, address: u64) -> Fault {
     let address = match error {
-        DmaError::Unmapped { address, .. } | DmaError::ReadOnly { address } => address,
+        DmaError::Unmapped { address, .. }
+        | DmaError::ReadOnly { address }
+        | DmaError::Failed { address } => address,
         DmaError::Disconnected => address,
     };
     fault(QueueFault::Unmapped, address)

@@ -139,7 +139,7 @@ fn pieces(
     while position < end {
         let covers = |m: &&Mapping| (m.address..m.address + m.size).contains(&position);
         let mapping = mappings.iter().find(covers).ok_or(unmapped)?;
-        if access == DmaAccess::Write && !mapping.writable {
+        if access.writes() && !mapping.writable {
             return Err(DmaError::ReadOnly { address: position });
         }
         let inside = position - mapping.address;

@@ -119,3 +119,108 @@ pub fn described(text: &str, arguments: &[&str]) -> Report {
     drop(turn);
     report
 }
+
+/// What lspci says of a space that is not as it should be.
+const COMPLAINTS: [&str; 12] = [
+    "<access denied>",
+    "!!!",
+    "Unknown",
+    "unknown",
+    "<unassigned>",
+    "<ignored>",
+    "[virtual]",
+    "[disabled]",
+    "<?>",
+    "<chain",
+    "broken",
+    "invalid",
+];
+
+/// A line of lspci without what differs from boot to boot and from place to place.
+fn masked(line: &str) -> String {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let mut masked = Vec::new();
+    for (index, word) in words.iter().enumerate() {
+        let before = |back: usize| index.checked_sub(back).and_then(|at| words.get(at));
+        let of_an_address = before(1) == Some(&"at") && before(2) == Some(&"Memory");
+        let of_a_place = matches!(
+            (before(2), before(1)),
+            (Some(&"NUMA"), Some(&"node:")) | (Some(&"IOMMU"), Some(&"group:"))
+        );
+        masked.push(match of_an_address || of_a_place {
+            true => "*",
+            false => word,
+        });
+    }
+    masked.join(" ")
+}
+
+/// What lspci has to print in the guest: nothing but what is right, and every line of a golden text in its order. Versions
+/// of lspci print some facts beside those.
+///
+/// # Panics
+/// If it does not.
+#[track_caller]
+pub fn check_lspci(gpu: &GpuSeen, golden: &str) {
+    let text = &gpu.lspci;
+    for complaint in COMPLAINTS {
+        assert!(!text.contains(complaint), "{complaint}:\n{text}");
+    }
+    let mut lines = text.lines();
+    // Its own address differs from place to place.
+    let first = lines.next().and_then(|line| line.split_once(' '));
+    let (bdf, rest) = first.unwrap_or_default();
+    assert_eq!(bdf, gpu.bdf, "{text}");
+    let seen: Vec<String> = std::iter::once(rest).chain(lines).map(masked).collect();
+    let mut left = seen.iter();
+    for fact in golden.lines().map(masked) {
+        let found = left.any(|line| line.contains(&fact));
+        assert!(
+            found,
+            "no {fact:?} where it should be in\n{}",
+            seen.join("\n")
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_place_decides_is_masked_and_nothing_else() {
+        for (line, wanted) in [
+            ("\tNUMA node: 3", "NUMA node: *"),
+            ("\tIOMMU group: 12", "IOMMU group: *"),
+            (
+                "Region 0: Memory at fe800000 (32-bit) [size=64K]",
+                "Region 0: Memory at * (32-bit) [size=64K]",
+            ),
+            ("LnkCap:\tPort #0,  Width x16", "LnkCap: Port #0, Width x16"),
+        ] {
+            assert_eq!(masked(line), wanted);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "no \"Region 1: Memory at *\" where it should be")]
+    fn a_line_that_lspci_does_not_print_is_missed() {
+        let gpu = GpuSeen {
+            bdf: "01:00.0".to_owned(),
+            lspci: "01:00.0 1200: 1234:6770\n\tRegion 0: Memory at 0".to_owned(),
+            ..GpuSeen::default()
+        };
+        check_lspci(&gpu, "1200: 1234:6770\nRegion 0: Memory at 0");
+        check_lspci(&gpu, "1200: 1234:6770\nRegion 1: Memory at 0");
+    }
+
+    #[test]
+    #[should_panic(expected = "[disabled]")]
+    fn a_complaint_of_lspci_is_seen() {
+        let gpu = GpuSeen {
+            lspci: "Region 0: Memory at 0 [disabled]".to_owned(),
+            ..GpuSeen::default()
+        };
+        check_lspci(&gpu, "");
+    }
+}

@@ -6,6 +6,7 @@
 //! | [`programs`] | the `numagpu` binary, the guest assets, and one guest at a time |
 //! | [`corner`] | a test's own directories, and whether anything is left in them |
 //! | [`process`] | a child with its output, deadlines, and a certain end |
+//! | [`handing`] | a command that is started with descriptors, as a service manager does |
 //! | [`guests`] | boots of machines, and what every guest has to say |
 //! | [`host`] | what `/proc` says of processes |
 //! | [`numbers`] | a seeded generator |
@@ -21,6 +22,7 @@
 
 pub mod corner;
 pub mod guests;
+pub mod handing;
 pub mod host;
 pub mod numbers;
 pub mod process;

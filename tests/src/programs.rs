@@ -25,7 +25,7 @@ pub fn numagpu() -> PathBuf {
     path
 }
 
-/// An example of `numagpu-vmm-glue`, of the same cargo profile as the running test.
+/// An example of `numagpu-vmm-glue` or of this crate, of the same cargo profile as the running test.
 ///
 /// # Panics
 /// If it is not built.
@@ -33,7 +33,7 @@ pub fn example(name: &str) -> PathBuf {
     let path = numagpu().with_file_name("examples").join(name);
     assert!(
         path.is_file(),
-        "{} is not built; run `cargo build -p numagpu-vmm-glue --examples` with the same profile",
+        "{} is not built; run `cargo build -p numagpu-vmm-glue -p numagpu-tests --examples` with the same profile",
         path.display()
     );
     path

@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -122,7 +123,7 @@ struct Driver {
     client: Client,
     ram: OwnedFd,
     written: u64,
-    _hbm: File,
+    hbm: File,
 }
 
 impl Driver {
@@ -143,7 +144,7 @@ impl Driver {
             client,
             ram,
             written: 0,
-            _hbm: hbm,
+            hbm,
         }
     }
 
@@ -230,6 +231,126 @@ fn failed(ended: &Ended, code: i32) -> String {
     ended.assert_code(code);
     assert_eq!(ended.stdout, "", "{ended}");
     ended.stderr.clone()
+}
+
+/// A field of `/proc/PID/status`.
+fn of_process(pid: u32, field: &str) -> String {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let value = status.lines().find_map(|line| line.strip_prefix(field));
+    value.unwrap().trim_start_matches(':').trim().to_owned()
+}
+
+#[test]
+fn a_whole_session_goes_on_inside_the_sandbox() {
+    let served = Served::new(&[]);
+    let said = served.status()["sandbox"].as_str().unwrap().to_owned();
+    assert!(said.starts_with("on ("), "{said}");
+    let pid = served.process.pid();
+    // Of each thread: they were started inside.
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let tasks: Vec<u32> = tasks
+        .map(|task| task.unwrap().file_name().to_str().unwrap().parse().unwrap())
+        .collect();
+    assert!(tasks.len() > 4, "{tasks:?}");
+    for task in tasks {
+        let of = |field| of_process(task, field);
+        assert_eq!(
+            (of("Seccomp").as_str(), of("NoNewPrivs").as_str()),
+            ("2", "1")
+        );
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(of(set), "0000000000000000", "{set}");
+        }
+    }
+    for round in 0..3 {
+        let mut driver = Driver::new(&served, 0);
+        driver.boot();
+        driver.claim();
+        driver.enable();
+        let fill = sdma::const_fill(HBM[0] + (4 << 20), 0x5a5a_5a5a, 1 << 20);
+        driver.submit(&fill);
+        // Scrubbed by a thread that starts inside.
+        assert_eq!(driver.command(OwnerCommand::Release), Some(OwnerResult::Ok));
+        driver.wait(
+            partition::BASE,
+            &partition::STATE,
+            regs::OwnerState::Free.code(),
+        );
+        driver.claim();
+        served.injected("0 correctable-error --address 0x1_0000_0040");
+        assert_eq!(served.gpu(0)["health"]["correctable"], 1, "round {round}");
+    }
+    served.stop();
+}
+
+#[test]
+fn no_sandbox_is_in_force_where_none_is_wanted() {
+    for (mode, seccomp) in [("off", "0"), ("log", "2")] {
+        let served = Served::new(&["--sandbox", mode]);
+        let said = served.status()["sandbox"].as_str().unwrap().to_owned();
+        assert!(said.starts_with(mode), "{said}");
+        assert_eq!(of_process(served.process.pid(), "Seccomp"), seccomp);
+        let mut driver = Driver::new(&served, 1);
+        driver.boot();
+        driver.claim();
+        drop(driver);
+        served.stop();
+    }
+}
+
+/// What the next client finds in HBM that one wrote and claimed, and died.
+fn left_to_the_next(policy: &[&str]) -> u32 {
+    let served = Served::new(policy);
+    let mut driver = Driver::new(&served, 0);
+    driver.boot();
+    driver.claim();
+    driver
+        .hbm
+        .write_all(&0x1234_5678_u32.to_le_bytes())
+        .unwrap();
+    drop(driver);
+    let mut next = Driver::new(&served, 0);
+    next.boot();
+    next.wait(
+        partition::BASE,
+        &partition::STATE,
+        regs::OwnerState::Free.code(),
+    );
+    // Nobody owns it in either case.
+    next.claim();
+    let mut word = [0; 4];
+    next.hbm.read_exact_at(&mut word, 0).unwrap();
+    drop(next);
+    served.stop();
+    u32::from_le_bytes(word)
+}
+
+#[test]
+fn the_next_client_finds_zeros_unless_contents_are_to_be_kept() {
+    assert_eq!(left_to_the_next(&[]), 0);
+    assert_eq!(left_to_the_next(&["--hbm-on-disconnect", "scrub"]), 0);
+    assert_eq!(
+        left_to_the_next(&["--hbm-on-disconnect", "keep"]),
+        0x1234_5678
+    );
+}
+
+#[test]
+fn a_second_client_waits_for_its_turn_where_that_is_wanted() {
+    let served = Served::new(&["--second-client", "queue"]);
+    let first = Driver::new(&served, 0);
+    let socket = served.corner.file("gpu0.sock");
+    let second = std::thread::spawn(move || {
+        let mut client = Client::new(&socket).unwrap();
+        let mut magic = [0; 4];
+        client.region_read(0, 0, &mut magic).unwrap();
+        magic
+    });
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert!(!second.is_finished());
+    drop(first);
+    assert_eq!(&second.join().unwrap(), b"NGPU");
+    served.stop();
 }
 
 #[test]
@@ -357,7 +478,13 @@ fn memory_errors_show_in_the_status_and_in_registers() {
         (&1.into(), &0.into())
     );
     assert_eq!(driver.get(ras::BASE, &ras::LAST_ADDRESS), HBM[0] + 4096);
-    // What stopped a queue is told too: here a write to HBM that its token does not own.
+    // What stopped a queue is told too: here the line with the error, then a write to HBM that its token does not own.
+    driver.submit(&sdma::copy_linear(HBM[0] + 4096, HBM[0] + 8192, 64));
+    driver.wait_state(regs::QueueState::Fault);
+    let queue = &served.gpu(0)["queues"][0];
+    assert_eq!(queue["fault"], "poisoned");
+    assert_eq!(queue["fault_address"], HBM[0] + 4096);
+    driver.enable();
     assert_eq!(driver.command(OwnerCommand::Release), Some(OwnerResult::Ok));
     driver.submit(&sdma::const_fill(HBM[0] + 4096, 7, 4096));
     driver.wait_state(regs::QueueState::Fault);

@@ -7,7 +7,7 @@
 )]
 
 use numagpu_tests::corner::{Corner, GUEST, facts};
-use numagpu_tests::guests::{boot, check_driver, check_hbm, own};
+use numagpu_tests::guests::{boot, check_driver, check_hbm, check_lspci, own};
 use numagpu_tests::process::Process;
 use numagpu_tests::programs::{Turn, assets};
 use numagpu_topology::seen::Report;
@@ -32,6 +32,10 @@ fn two_gpu(firmware: &str, kernel: &str) {
     let report = boot("two-gpu", firmware, kernel);
     check_hbm(&report, &[(4 * GIB, 1), (4 * GIB, 2)], GIB);
     check_driver(&report.gpus);
+    for gpu in &report.gpus {
+        check_lspci(gpu, include_str!("golden/lspci-spm.txt"));
+        assert!(!gpu.lspci.contains("Region 4"), "{}", gpu.lspci);
+    }
     for dax in &report.dax {
         assert_eq!(dax.numa_node, dax.target_node, "{dax:?}");
     }
@@ -158,6 +162,9 @@ fn two_gpu_qboot(kernel: &str) {
     let report = boot("two-gpu", "qboot", kernel);
     check_hbm(&report, &[(4 * GIB, 1), (4 * GIB, 2)], GIB);
     check_driver(&report.gpus);
+    for gpu in &report.gpus {
+        check_lspci(gpu, "Express (v2) Root Complex Integrated Endpoint");
+    }
     assert_eq!(report.nodes_online, [0, 1, 2]);
     let places: Vec<(&str, i32)> = report
         .gpus

@@ -5,7 +5,7 @@
     reason = "tests fail by panicking"
 )]
 
-use numagpu_tests::guests::{boot, check_driver, described};
+use numagpu_tests::guests::{boot, check_driver, check_lspci, described};
 use numagpu_topology::seen::{Report, steps};
 
 const MIB: u64 = 1 << 20;
@@ -53,6 +53,7 @@ fn gh200(firmware: &str, kernel: &str) {
         unreachable!("{:?}", report.gpus)
     };
     assert_eq!(gpu.numa_node, 0);
+    check_lspci(gpu, include_str!("golden/lspci-bar.txt"));
     let [hbm] = &gpu.partitions[..] else {
         unreachable!("{gpu:?}")
     };
@@ -195,7 +196,9 @@ fn guest_exposures_live_side_by_side() {
     assert_eq!(report.gpus[3].partitions[0].pxm, u32::MAX);
     for gpu in &report.gpus {
         assert!(gpu.steps.iter().all(|step| step.ok), "{gpu:?}");
+        check_lspci(gpu, include_str!("golden/lspci-spm.txt"));
     }
+    check_lspci(&report.gpus[3], include_str!("golden/lspci-private.txt"));
 }
 
 /// HBM side by side: qboot and SeaBIOS keep ranges apart that touch, and each has its dax device.

@@ -161,6 +161,9 @@ pub struct GpuSeen {
     pub clock: String,
     /// Blocks that `DISCOVERY` lists, with their instances, in order.
     pub blocks: Vec<(String, u32)>,
+    /// What `lspci -n -vvv` prints of the function, with memory decoding and bus mastering on. What it complains of is among
+    /// the report's problems.
+    pub lspci: String,
     /// What the driver did and how it went.
     pub steps: Vec<Step>,
 }
@@ -304,4 +307,62 @@ pub mod steps {
         RESET,
         HEALTH,
     ];
+
+    /// What a driver meets of a scenario's faults, each by the name of its kind.
+    pub mod faults {
+        /// The peer's first boot fails, its second does not.
+        pub const FIRST_BOOT: &str = "boot-failure at power-on";
+        /// A memory error that was corrected.
+        pub const CORRECTABLE: &str = "correctable-error";
+        /// One that was not.
+        pub const UNCORRECTABLE: &str = "uncorrectable-error";
+        /// A queue that stands still.
+        pub const ENGINE_HANG: &str = "engine-hang";
+        /// Doorbells that are not heard.
+        pub const LOST_DOORBELL: &str = "lost-doorbell";
+        /// A message that does not come.
+        pub const LOST_INTERRUPT: &str = "lost-interrupt";
+        /// A message for no cause.
+        pub const SPURIOUS_INTERRUPT: &str = "spurious-interrupt";
+        /// A link that is down for a while.
+        pub const LINK_FLAP: &str = "link-flap";
+        /// A link that goes down.
+        pub const LINK_LOSS: &str = "link-loss";
+        /// And comes up.
+        pub const LINK_RETURN: &str = "link-return";
+        /// A link that keeps some lanes.
+        pub const LINK_WIDTH: &str = "link-width";
+        /// A partition that cannot be scrubbed.
+        pub const SCRUB_FAILURE: &str = "scrub-failure";
+        /// A boot that fails.
+        pub const BOOT_FAILURE: &str = "boot-failure";
+        /// A boot that never ends.
+        pub const BOOT_TIMEOUT: &str = "boot-timeout";
+        /// A function that does not answer after its reset.
+        pub const STUCK_RESET: &str = "stuck-reset";
+        /// A function that is gone.
+        pub const REMOVAL: &str = "removal";
+        /// And comes back.
+        pub const RETURN: &str = "return";
+        /// All of them, in order.
+        pub const ALL: &[&str] = &[
+            FIRST_BOOT,
+            CORRECTABLE,
+            UNCORRECTABLE,
+            ENGINE_HANG,
+            LOST_DOORBELL,
+            LOST_INTERRUPT,
+            SPURIOUS_INTERRUPT,
+            LINK_FLAP,
+            LINK_LOSS,
+            LINK_RETURN,
+            LINK_WIDTH,
+            SCRUB_FAILURE,
+            BOOT_FAILURE,
+            BOOT_TIMEOUT,
+            STUCK_RESET,
+            REMOVAL,
+            RETURN,
+        ];
+    }
 }

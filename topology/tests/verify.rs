@@ -172,6 +172,7 @@ fn seen(plan: &Plan, gpu: &numagpu_topology::plan::Gpu) -> GpuSeen {
             ("Partition".to_owned(), own),
             ("Queue".to_owned(), 2),
         ],
+        lspci: String::new(),
         steps: driven
             .iter()
             .map(|name| Step {

@@ -1,11 +1,14 @@
 //! A machine's GPUs, their HBM and their sockets: what a VMM connects to.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use numagpu_devices::bus::HbmStore;
+use numagpu_devices::ownership::OnDisconnect;
+use numagpu_devices::spec::pci::BAR_DOORBELLS_SIZE;
 use numagpu_devices::spec::regs::TimingMode;
 use numagpu_devices::{
     ApertureConfig, Fabric, Gpu, GpuConfig, GpuError, GpuStatus, LinkConfig, PartitionConfig,
@@ -20,8 +23,9 @@ use thiserror::Error;
 use crate::control::server::Bounds;
 use crate::control::{self, Control, Desk};
 use crate::hbm::{HbmBacking, HbmError};
+use crate::sandbox::Sandbox;
 use crate::scenario::{Runner, Scenario};
-use crate::vfio_user::{Server, ServerError};
+use crate::vfio_user::{Listener, SecondClient, Server, ServerError, Stopper};
 
 /// Why a machine's GPUs cannot be served.
 #[derive(Debug, Error)]
@@ -196,11 +200,20 @@ impl Exposed {
 }
 
 impl Gpus {
-    /// Makes the HBM of all GPUs as the plan's backing says, or in `hbm_dir` if that is given, and the GPUs.
+    /// Makes the HBM of all GPUs as the plan's backing says, or in `hbm_dir` if that is given, and the GPUs. None of them has
+    /// a thread before it is attached.
     ///
     /// # Errors
     /// [`InstanceError`]; nothing is left behind then.
     pub fn new(plan: &Plan, hbm_dir: Option<&Path>) -> Result<Gpus, InstanceError> {
+        Gpus::make(plan, hbm_dir, OnDisconnect::default())
+    }
+
+    fn make(
+        plan: &Plan,
+        hbm_dir: Option<&Path>,
+        on_disconnect: OnDisconnect,
+    ) -> Result<Gpus, InstanceError> {
         let fabric = Fabric::new();
         let mut made = Gpus {
             gpus: Vec::new(),
@@ -233,13 +246,24 @@ impl Gpus {
                 bandwidth_mbs: link.bandwidth_mbs,
                 latency_ns: link.latency_ns,
             });
+            let doorbells = match memory.aperture {
+                // Where one BAR is mapped, QEMU waits for the answer to each write to the others.
+                Some(_) => {
+                    let page = Arc::new(HbmBacking::memfd("doorbells", BAR_DOORBELLS_SIZE)?);
+                    let mut lent = page.split(&[BAR_DOORBELLS_SIZE])?;
+                    lent.pop().map(|page| Arc::new(page) as _)
+                }
+                None => None,
+            };
             let config = GpuConfig {
+                doorbells,
                 hive_id: gpu.hive_id,
                 node_id: gpu.hive_node,
                 hive_size: gpu.hive_size,
                 cpu_pxm: gpu.cpu_pxm,
                 links: links.collect(),
                 aperture: memory.aperture,
+                on_disconnect,
                 timing: timing(plan.device.timing),
                 hbm_bandwidth_mbs: gpu.hbm_bandwidth_mbs,
                 hbm_latency_ns: gpu.hbm_latency_ns,
@@ -276,8 +300,98 @@ impl Drop for Gpus {
     }
 }
 
+/// How a machine's GPUs are served.
+#[derive(Debug, Default)]
+pub struct Serving<'a> {
+    /// Directory for HBM files, instead of what the plan's backing says.
+    pub hbm_dir: Option<&'a Path>,
+    /// Faults that come by themselves.
+    pub scenario: Option<&'a Scenario>,
+    /// Sockets that were handed to this process, by index of the GPU.
+    pub handed: BTreeMap<usize, Listener>,
+    /// What becomes of a client that comes while another is served.
+    pub second_client: SecondClient,
+    /// What becomes of HBM when a client goes.
+    pub on_disconnect: OnDisconnect,
+}
+
+/// GPUs with their HBM and sockets, all open; nobody is served yet, and no thread runs.
+pub struct Prepared<'a> {
+    instance: Instance,
+    plan: &'a Plan,
+    scenario: Option<&'a Scenario>,
+    second_client: SecondClient,
+    listeners: Vec<Listener>,
+    control: Listener,
+}
+
+impl<'a> Prepared<'a> {
+    /// Makes the HBM of all GPUs, a socket for each in `socket_dir` unless one was handed over, and
+    /// [`control::SOCKET`] beside them. Clients that connect from now on wait until they are served.
+    ///
+    /// # Errors
+    /// [`InstanceError`]; nothing is left behind then.
+    pub fn new(
+        plan: &'a Plan,
+        socket_dir: &Path,
+        mut serving: Serving<'a>,
+    ) -> Result<Prepared<'a>, InstanceError> {
+        let scenario = serving.scenario;
+        scenario.map_or(Ok(()), |scenario| scenario.check(plan))?;
+        let instance = Instance {
+            control: None,
+            runner: None,
+            servers: Vec::new(),
+            gpus: Gpus::make(plan, serving.hbm_dir, serving.on_disconnect)?,
+        };
+        let mut listeners = Vec::new();
+        for (index, gpu) in plan.gpus.iter().enumerate() {
+            listeners.push(match serving.handed.remove(&index) {
+                Some(handed) => handed,
+                None => Listener::bind(socket_dir.join(Plan::socket_file(gpu)))?,
+            });
+        }
+        Ok(Prepared {
+            instance,
+            plan,
+            scenario,
+            second_client: serving.second_client,
+            listeners,
+            control: Listener::bind(socket_dir.join(control::SOCKET))?,
+        })
+    }
+
+    /// The HBM.
+    #[must_use]
+    pub fn instance(&self) -> &Instance {
+        &self.instance
+    }
+
+    /// Begins to serve, and to play the scenario. `sandbox` is what this process is in, for the status.
+    ///
+    /// # Errors
+    /// [`InstanceError`]; nothing is left behind then.
+    pub fn start(self, sandbox: &Sandbox) -> Result<Instance, InstanceError> {
+        let Prepared {
+            mut instance,
+            plan,
+            scenario,
+            second_client,
+            listeners,
+            control,
+        } = self;
+        for (model, listener) in instance.gpus.gpus.iter().zip(listeners) {
+            let function: Arc<dyn numagpu_devices::bus::PciFunction> = Arc::<Gpu>::clone(model);
+            let server = Server::start(listener, function, second_client)?;
+            instance.servers.push(server);
+        }
+        instance.take_orders(plan, control, scenario, sandbox)?;
+        Ok(instance)
+    }
+}
+
 impl Instance {
-    /// Makes GPUs as [`Gpus::new`] does, and serves each on a socket of its own in
+    /// Makes the HBM of all GPUs as the plan's backing says, or in `hbm_dir` if that is given, and serves each GPU on a socket of its own in
     /// `socket_dir`, and [`control::SOCKET`] beside them. Clients can connect when this returns. `scenario` is played from
     /// then on.
     ///
@@ -289,40 +403,39 @@ impl Instance {
         hbm_dir: Option<&Path>,
         scenario: Option<&Scenario>,
     ) -> Result<Instance, InstanceError> {
-        scenario.map_or(Ok(()), |scenario| scenario.check(plan))?;
-        let mut instance = Instance {
-            control: None,
-            runner: None,
-            servers: Vec::new(),
-            gpus: Gpus::new(plan, hbm_dir)?,
+        let serving = Serving {
+            hbm_dir,
+            scenario,
+            ..Serving::default()
         };
-        for (gpu, model) in plan.gpus.iter().zip(instance.gpus.gpus()) {
-            let socket = socket_dir.join(Plan::socket_file(gpu));
-            let function: Arc<dyn numagpu_devices::bus::PciFunction> = Arc::<Gpu>::clone(model);
-            instance.servers.push(Server::bind(socket, function)?);
-        }
-        instance.take_orders(plan, socket_dir, scenario)?;
-        Ok(instance)
+        Prepared::new(plan, socket_dir, serving)?.start(&Sandbox::NONE)
     }
 
-    /// Opens the control socket and begins to play the scenario.
+    /// Answers on the control socket and begins to play the scenario.
     fn take_orders(
         &mut self,
         plan: &Plan,
-        socket_dir: &Path,
+        control: Listener,
         scenario: Option<&Scenario>,
+        sandbox: &Sandbox,
     ) -> Result<(), InstanceError> {
         let names = plan.gpus.iter().map(|gpu| gpu.id.clone());
-        let gpus = names.zip(self.gpus.gpus().iter().map(Arc::clone));
-        let desk = Arc::new(Desk::new(&plan.name, gpus.collect()));
+        let gpus = names.zip(self.gpus.gpus.iter().map(Arc::clone));
+        let desk = Desk::new(&plan.name, gpus.collect()).in_sandbox(sandbox);
+        let desk = Arc::new(desk);
         if let Some(scenario) = scenario {
             let runner = Runner::start(scenario, &desk).map_err(InstanceError::Player)?;
             self.runner = Some(runner);
         }
-        let path = socket_dir.join(control::SOCKET);
         let answer = Arc::new(move |request| desk.answer(request));
-        self.control = Some(Control::bind(path, answer, Bounds::default())?);
+        self.control = Some(Control::start(control, answer, Bounds::default())?);
         Ok(())
+    }
+
+    /// Waits, in whatever thread, until no GPU lets a client in any more.
+    pub fn end(&self) -> impl FnOnce() + Send + 'static {
+        let servers: Vec<Stopper> = self.servers.iter().map(Server::stopper).collect();
+        move || servers.iter().for_each(Stopper::wait)
     }
 
     /// The GPUs and their HBM.
@@ -338,7 +451,7 @@ impl Instance {
 
     /// What each GPU says of itself.
     pub fn status(&self) -> Vec<GpuStatus> {
-        self.gpus.gpus().iter().map(|gpu| gpu.status()).collect()
+        self.gpus.gpus.iter().map(|gpu| gpu.status()).collect()
     }
 
     /// Names and descriptors of all HBM that has no file name, in order of GPUs and partitions.
@@ -349,6 +462,16 @@ impl Instance {
             .iter()
             .filter(|hbm| hbm.memory.path().is_none());
         unnamed.map(|hbm| (hbm.name.as_str(), hbm.memory.as_fd()))
+    }
+
+    /// Directories with HBM files, which are removed at the end; a directory may come several times.
+    pub fn hbm_directories(&self) -> impl Iterator<Item = PathBuf> {
+        let paths = self.gpus.hbm.iter().filter_map(|hbm| hbm.memory.path());
+        paths.filter_map(|path| match path.parent() {
+            // A relative name without a directory.
+            Some(parent) if parent.as_os_str().is_empty() => Some(PathBuf::from(".")),
+            parent => parent.map(Path::to_owned),
+        })
     }
 
     /// Descriptors of the HBM that is memory of the machine and has no file name, in order of GPUs and partitions.

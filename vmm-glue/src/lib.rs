@@ -13,6 +13,8 @@
 //! | [`selftest`] | whether this build works on this host, without QEMU |
 //! | [`emulator`], [`qmp`] | what a QEMU can do, and talking to one that runs |
 //! | [`run_dir`] | a private directory for a run's sockets, swept after a run that was killed |
+//! | [`sandbox`] | what a serving process gives up once all is open |
+//! | [`service`] | sockets from a service manager, and telling it that all is ready |
 //! | [`sys`] | the system calls that need `unsafe` |
 
 pub mod assets;
@@ -24,7 +26,9 @@ pub mod kvm;
 pub mod qmp;
 pub mod run;
 pub mod run_dir;
+pub mod sandbox;
 pub mod scenario;
 pub mod selftest;
+pub mod service;
 pub mod sys;
 pub mod vfio_user;

@@ -112,6 +112,11 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
+        // What has nothing more in it goes without being opened, which a sandbox forbids.
+        let _ = std::fs::remove_file(self.path.join(LOCK));
+        if std::fs::remove_dir(&self.path).is_ok() {
+            return;
+        }
         if let Err(error) = std::fs::remove_dir_all(&self.path) {
             tracing::warn!("cannot remove {}: {error}", self.path.display());
         }

@@ -464,8 +464,6 @@ impl Play<'_> {
             }
             self.tally.scrubs += 1;
         }
-        // A reset that comes next must not meet one that is still on its way.
-        wait(|| self.machine.gpus[gpu].causes() >= self.functions[gpu].causes);
     }
 
     fn check(&self) {

@@ -572,7 +572,7 @@
 #define NUMAGPU_CAPS_PARTITION_MODES 8u
 /* Time stamps are those of a model, see `CLOCK.MODE`. */
 #define NUMAGPU_CAPS_MODELLED_TIME 0x10u
-/* Queues have `kick` and `QUEUE.WPTR_POLL`. */
+/* Queues have `kick` and `QUEUE.WPTR_POLL`; not where VMMs map the doorbells. */
 #define NUMAGPU_CAPS_KICKS 0x20u
 
 /* Bits of `IRQ.STATUS` and `IRQ.ENABLE`. */
@@ -780,6 +780,8 @@
 #define NUMAGPU_OWNER_EVENT_SCRUBBED 0x13u
 /* The scrubber failed. */
 #define NUMAGPU_OWNER_EVENT_SCRUB_FAILED 0x14u
+/* What the VMM left in it stays: so it was asked of the server. */
+#define NUMAGPU_OWNER_EVENT_KEPT 0x15u
 
 /* `QUEUE.STATUS`. */
 /* Not enabled. */

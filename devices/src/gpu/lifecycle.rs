@@ -37,7 +37,7 @@ impl Gpu {
             member,
             aperture: _,
             attachment: _,
-            irq: _,
+            irq,
             scrubber,
             ticker: _,
             clock: _,
@@ -51,6 +51,7 @@ impl Gpu {
             dma_allowed,
             registers,
             doorbells,
+            mapped_doorbells,
             msix,
             boot,
             health,
@@ -67,8 +68,14 @@ impl Gpu {
             dma_allowed.store(space.dma_allowed(), Ordering::SeqCst);
         }
         queues.iter().for_each(Queue::reset);
-        registers.reset();
+        {
+            let _causes = irq.hold_resets();
+            registers.reset();
+        }
         doorbells.reset();
+        if let Some(page) = mapped_doorbells {
+            page.reset();
+        }
         msix.reset();
         health.reset();
         match kind {
@@ -97,7 +104,10 @@ impl Gpu {
 
     fn incident(&self, partitions: &[Arc<Partition>], event: Event) {
         for partition in partitions {
-            let duty = partition.incident(event, self.now());
+            let duty = match event {
+                Event::Disconnect => partition.disconnect(self.config.on_disconnect, self.now()),
+                _ => partition.incident(event, self.now()),
+            };
             self.scrubber.settle(partition, duty);
         }
     }

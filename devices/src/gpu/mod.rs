@@ -28,6 +28,7 @@ use crate::bus::{Attachment, FunctionLayout, Kick, PciFunction, ResetKind};
 use crate::clock::{Clock as _, MovedClock};
 use crate::config::{GpuConfig, GpuError};
 use crate::config_space::{CONFIG_SIZE, Capabilities, ConfigSpace, MsixPlace};
+use crate::doorbells::MappedDoorbells;
 use crate::engine::Reach;
 use crate::fabric::{Fabric, LinkEnd, Member, Place};
 use crate::health::{Health, HealthStatus};
@@ -111,10 +112,12 @@ pub struct Gpu {
     // Volatile state.
     pub(crate) lifecycle: Mutex<()>,
     judging: Mutex<()>,
-    config_space: Mutex<ConfigSpace>,
+    pub(crate) config_space: Mutex<ConfigSpace>,
     dma_allowed: Arc<AtomicBool>,
     pub(crate) registers: Arc<RegisterFile<'static>>,
     doorbells: RegisterFile<'static>,
+    /// The doorbells that clients map, if they may.
+    mapped_doorbells: Option<MappedDoorbells>,
     msix: RegisterFile<'static>,
     pub(crate) boot: Boot,
     pub(crate) health: Arc<Health>,
@@ -188,7 +191,7 @@ impl Gpu {
                 config_size: u32::try_from(CONFIG_SIZE).unwrap_or(4096),
                 msix_vectors: pci::VECTOR_COUNT,
             },
-            kicks: (0..u64::from(config.queues))
+            kicks: (0..kicks(&config))
                 .map(|queue| Kick {
                     bar: pci::BAR_DOORBELLS,
                     offset: u64::from(pci::KICK_OFFSET) + queue * pci::DOORBELL_STRIDE,
@@ -197,6 +200,10 @@ impl Gpu {
             dma_allowed: bus_master,
             registers,
             doorbells,
+            mapped_doorbells: config
+                .doorbells
+                .as_ref()
+                .map(|page| MappedDoorbells::new(Arc::clone(page), config.queues, myself.clone())),
             msix,
             boot: Boot::new(config.boot_delay, config.boot_fault),
             health,
@@ -318,10 +325,16 @@ impl Gpu {
             // A doorbell written in halves must not meet a half of an earlier life.
             self.doorbells
                 .set(&pci::doorbell::BLOCK, index, &pci::doorbell::WPTR, 0);
+            if let Some(page) = &self.mapped_doorbells {
+                page.clear(index);
+            }
         }
         let mut enabled = false;
         if enable {
             enabled = target.enable(|| self.is_ready().then(|| self.setup(index)));
+            if let Some(page) = &self.mapped_doorbells {
+                page.start();
+            }
         } else if !reset {
             target.disable();
         }
@@ -329,6 +342,18 @@ impl Gpu {
         let shown = u64::from(enabled) * u64::from(QUEUE_ENABLE);
         self.registers
             .set(&queue::BLOCK, index, &queue::CONTROL, shown);
+    }
+
+    /// Rings the doorbells that were written to mapped memory. Whether there were any; none if there is no queue to
+    /// ring, or the GPU pauses.
+    pub(crate) fn look_at_doorbells(&self) -> Option<bool> {
+        let page = self.mapped_doorbells.as_ref()?;
+        let enabled = self.queues.iter().any(Queue::is_enabled);
+        if !enabled || *lock(&self.pauses) > 0 {
+            return None;
+        }
+        // A function that is off the bus sees no store.
+        Some(self.is_present() && page.look(&self.queues))
     }
 
     fn setup(&self, index: u32) -> Setup {
@@ -359,6 +384,14 @@ impl Gpu {
                 hbm_latency_ns: self.config.hbm_latency_ns,
             },
         }
+    }
+}
+
+/// Queues that hear kicks: none where VMMs map the page, since what is stored there may be zero and goes unseen.
+fn kicks(config: &GpuConfig) -> u64 {
+    match config.doorbells {
+        Some(_) => 0,
+        None => config.queues.into(),
     }
 }
 
@@ -470,7 +503,10 @@ impl PciFunction for Gpu {
     }
 
     fn bar_file(&self, bar: u8) -> Option<BorrowedFd<'_>> {
-        self.aperture_at(bar)?.file()
+        match (bar, &self.mapped_doorbells) {
+            (pci::BAR_DOORBELLS, Some(page)) => page.file(),
+            _ => self.aperture_at(bar)?.file(),
+        }
     }
 
     fn kicks(&self) -> &[Kick] {

@@ -93,6 +93,10 @@ impl Gpu {
             let mut pauses = lock(&self.pauses);
             *pauses = pauses.saturating_add(1);
         }
+        // What was rung by now belongs to the state that is taken in the pause.
+        if let Some(page) = &self.mapped_doorbells {
+            page.look(&self.queues);
+        }
         self.queues.iter().for_each(|queue| queue.hold());
         let end = Instant::now() + limit;
         match self.queues.iter().position(|queue| !queue.is_held(end)) {
@@ -111,6 +115,9 @@ impl Gpu {
         *pauses = pauses.saturating_sub(1);
         drop(pauses);
         self.ticker.wake_if_used();
+        if let Some(page) = &self.mapped_doorbells {
+            page.start();
+        }
     }
 
     /// What is there, while queues pause.
@@ -135,6 +142,7 @@ impl Gpu {
             dma_allowed: _,
             registers,
             doorbells,
+            mapped_doorbells: _,
             msix,
             boot,
             health,
@@ -412,6 +420,9 @@ impl Gpu {
             queue.restore(saved, reach, waits);
         }
         self.boot.restore(&state.boot);
+        if let Some(page) = &self.mapped_doorbells {
+            page.start();
+        }
         let mut leases = self.partitions().iter().filter_map(|it| it.lease_end());
         if leases.next().is_some() || !state.flaps.is_empty() {
             self.ticker.wake();

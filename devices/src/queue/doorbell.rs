@@ -25,7 +25,6 @@ impl Queue {
             Err(fault) => {
                 let packet = shared.shown.packets.load(Ordering::Acquire);
                 shared.stop_with(&mut control, fault, packet);
-                drop(control);
                 shared.announce_fault();
             }
         }

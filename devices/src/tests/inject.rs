@@ -7,6 +7,7 @@ use numagpu_spec::sdma::{copy_linear, fence, trap};
 
 use super::*;
 use crate::bus::ResetKind;
+use crate::config_space::CAP_AER;
 use crate::inject::{InjectError, Injection};
 
 const MS: u64 = 1_000_000;
@@ -41,6 +42,16 @@ impl Machine {
         self.boot_state()
     }
 
+    /// Correctable and uncorrectable error status of advanced error reporting.
+    fn aer(&self) -> (u32, u32) {
+        let word = |offset| {
+            let mut bytes = [0; 4];
+            self.gpus[0].config_read(u32::from(CAP_AER) + offset, &mut bytes);
+            u32::from_le_bytes(bytes)
+        };
+        (word(0x10), word(0x04))
+    }
+
     fn boot_state(&self) -> Option<BootState> {
         BootState::from_code(self.read(0, &boot::BLOCK, 0, &boot::STATUS) as u32)
     }
@@ -60,7 +71,10 @@ fn errors_are_counted_and_told() {
     );
     assert!(machine.irq_status(0).contains(IrqBits::RAS));
     assert_eq!(machine.events(), 1);
+    // PCIe Base 6.0 sections 7.8.4.5 and 7.8.4.2: corrected internal error, uncorrectable internal error.
+    assert_eq!(machine.aer(), (1 << 14, 0));
     machine.inject(Injection::UncorrectableError { address: hbm(0, 1) });
+    assert_eq!(machine.aer(), (1 << 14, 1 << 22));
     assert_eq!(machine.ras(&ras::UNCORRECTABLE), 1);
     assert_eq!(machine.ras(&ras::POISONED), 1);
     assert_eq!(
@@ -76,6 +90,7 @@ fn errors_are_counted_and_told() {
         ),
         (0, 0)
     );
+    assert_eq!(machine.aer(), (1 << 14, 1 << 22), "sticky");
     machine.wait_free(0, 1);
     assert_eq!(machine.ras(&ras::POISONED), 0, "the scrub wrote it anew");
 }

@@ -7,6 +7,7 @@
 
 mod aperture;
 mod copies;
+mod doorbells;
 mod faults;
 mod fuzz;
 mod inject;

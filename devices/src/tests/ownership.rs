@@ -1,10 +1,11 @@
 //! Claim, release and loss, as drivers see them.
 
-use numagpu_spec::regs::{Coherence, irq, partition};
+use numagpu_spec::regs::{Coherence, OwnerEvent, irq, partition};
 use numagpu_spec::sdma::const_fill;
 
 use super::*;
 use crate::bus::ResetKind;
+use crate::ownership::OnDisconnect;
 use crate::test_support::Mapping;
 
 #[test]
@@ -94,6 +95,37 @@ fn a_disconnect_scrubs_what_is_free_too() {
     machine.gpus[0].reset(ResetKind::Function);
     assert_eq!(bytes(&machine.stores[0][0], 17, 1), [0x55]);
     machine.gpus[0].detach();
+    machine.wait_free(0, 0);
+    assert_eq!(bytes(&machine.stores[0][0], 17, 1), [0]);
+}
+
+#[test]
+fn a_disconnect_keeps_contents_where_that_is_wanted_but_never_an_owner() {
+    let machine = Machine::of(|config| config.on_disconnect = OnDisconnect::Keep);
+    machine.boot(0);
+    for (partition, claimed) in [(0, true), (1, false)] {
+        let slice = machine.stores[0][partition as usize]
+            .slice(0, 4096)
+            .unwrap();
+        slice.write_obj(0x55u8, 17).unwrap();
+        if claimed {
+            assert_eq!(machine.claim(0, partition, TOKEN), OwnerResult::Ok);
+        }
+    }
+    machine.gpus[0].detach();
+    for partition in [0, 1] {
+        machine.wait_free(0, partition);
+        let index = partition as usize;
+        assert_eq!(bytes(&machine.stores[0][index], 17, 1), [0x55]);
+        let status = machine.gpus[0].status();
+        let last = status.partitions[index].history.last().copied().unwrap();
+        assert_eq!((last.event, last.to), (OwnerEvent::Kept, OwnerState::Free));
+    }
+    // A release and a reset clear all the same.
+    machine.gpus[0].attach(machine.vmms[0].attachment());
+    machine.boot(0);
+    assert_eq!(machine.claim(0, 0, TOKEN), OwnerResult::Ok);
+    machine.gpus[0].reset(ResetKind::Function);
     machine.wait_free(0, 0);
     assert_eq!(bytes(&machine.stores[0][0], 17, 1), [0]);
 }

@@ -287,6 +287,11 @@ impl Device {
         self.msix.read32(word) >> (vector % 32) & 1 == 1
     }
 
+    /// 4 bytes of configuration space.
+    pub fn config_word(&self, at: u64) -> Option<u32> {
+        read_config(&self.config, at).map(u32::from_le_bytes)
+    }
+
     /// Vectors of the MSI-X capability.
     pub fn vectors(&self) -> Option<u16> {
         let (_, control) = msix_capability(&self.config)?;

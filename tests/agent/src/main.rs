@@ -2,6 +2,13 @@
 //!
 //! It mounts what Linux offers, loads the modules of the initramfs, notes what Linux found, drives every GPU as a
 //! user-space driver would, sends one report to the host over the second serial port, and powers off.
+//!
+//! A word on the kernel's command line asks for another program than that of every guest:
+//!
+//! | word | program |
+//! |---|---|
+//! | `numagpu.hold` | the same, and the host looks into the HBM while it is owned |
+//! | `numagpu.faults` | the faults of a scenario, one after the other ([`drive`]) |
 
 mod device;
 mod drive;
@@ -127,14 +134,22 @@ fn main() {
     modules(&mut report.problems);
     report.mem_total_kib.push(memory());
     report.dax = probe::dax(&mut report.problems);
+    let command_line = probe::text("/proc/cmdline");
+    let told = |program: &str| command_line.split_whitespace().any(|word| word == program);
     match Drive::new(&report.dax, &mut report.problems) {
+        Ok(mut drive) if told("numagpu.faults") => {
+            host.progress("driver: meets the faults of the scenario");
+            drive.faults();
+            report.gpus = drive.finish();
+        }
         Ok(mut drive) => {
             host.progress("driver: boot and claim");
             drive.start();
             host.progress("driver: CPU access, copies, packets, interrupts, faults");
             drive.work();
             report.mem_total_kib.push(memory());
-            if report_wants_hold(&probe::text("/proc/cmdline")) {
+            // The host wants to look into the HBM while it is owned.
+            if told("numagpu.hold") {
                 host.progress("driver: holds its HBM");
                 report.problems.extend(hold(&mut host, &drive).err());
             }
@@ -155,11 +170,4 @@ fn main() {
         drop(host);
         let _ = rustix::system::reboot(rustix::system::RebootCommand::PowerOff);
     }
-}
-
-/// Whether the host wants to look into the HBM while it is owned.
-fn report_wants_hold(command_line: &str) -> bool {
-    command_line
-        .split_whitespace()
-        .any(|word| word == "numagpu.hold")
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Read;
 use std::path::Path;
+use std::process::Command;
 
 use numagpu_topology::ranges::Range;
 use numagpu_topology::seen::{AccessSeen, DaxSeen, NodeSeen, Report, SratMemory};
@@ -225,6 +226,26 @@ pub fn accesses(node: &Path) -> Vec<AccessSeen> {
         .collect();
     seen.sort_by_key(|access| access.class);
     seen
+}
+
+/// What lspci prints of a function; what it complains of is a problem.
+pub fn lspci(bdf: &str, problems: &mut Vec<String>) -> String {
+    // The libraries are the host's, and its loader finds them in their directory only.
+    let mut command = Command::new("/lspci/loader");
+    command.args(["--library-path", "/lspci", "/lspci/lspci"]);
+    let output = match command.args(["-n", "-vvv", "-s", bdf]).output() {
+        Ok(output) => output,
+        Err(error) => {
+            problems.push(format!("lspci of {bdf}: {error}"));
+            return String::new();
+        }
+    };
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    let complaint = text(&output.stderr);
+    if !complaint.is_empty() || !output.status.success() {
+        problems.push(format!("lspci of {bdf}: {}: {complaint}", output.status));
+    }
+    text(&output.stdout)
 }
 
 /// Names in a directory, sorted.

@@ -8,6 +8,7 @@ use numagpu_devices::inject::InjectError;
 
 use super::protocol::{RefusalKind, Reply, Request};
 use super::status::{self, Status};
+use crate::sandbox::Sandbox;
 use crate::scenario::Player;
 
 /// An instance's GPUs, as far as the control socket and a scenario reach.
@@ -16,6 +17,7 @@ pub struct Desk {
     /// Names and models, in their order.
     gpus: Vec<(String, Arc<Gpu>)>,
     started: Instant,
+    sandbox: String,
     player: OnceLock<Arc<Player>>,
 }
 
@@ -27,8 +29,16 @@ impl Desk {
             machine: machine.to_owned(),
             gpus,
             started: Instant::now(),
+            sandbox: Sandbox::NONE.to_string(),
             player: OnceLock::new(),
         }
+    }
+
+    /// The same in a process that is in a sandbox.
+    #[must_use]
+    pub fn in_sandbox(mut self, sandbox: &Sandbox) -> Desk {
+        self.sandbox = sandbox.to_string();
+        self
     }
 
     /// The GPUs, in their order.
@@ -54,6 +64,7 @@ impl Desk {
         Status {
             machine: self.machine.clone(),
             pid: std::process::id(),
+            sandbox: self.sandbox.clone(),
             up_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             gpus: gpus
                 .map(|(id, gpu)| status::Gpu::new(id, gpu.status()))

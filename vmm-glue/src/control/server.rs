@@ -6,18 +6,18 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::unlink;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
 
 use super::protocol::{self, RefusalKind, Reply, Request};
-use crate::vfio_user::{ServerError, identity, listen_at};
+use crate::vfio_user::ServerError;
+use crate::vfio_user::listener::{Listener, Name};
 
 /// What a client can have.
 #[derive(Clone, Copy, Debug)]
@@ -53,12 +53,11 @@ pub type Answer = Arc<dyn Fn(Request) -> Reply + Send + Sync>;
 /// A control socket; removed, and its clients disconnected, when this is dropped.
 #[derive(Debug)]
 pub struct Control {
-    path: PathBuf,
-    /// `st_dev` and `st_ino` of the socket's name, so that only our own is removed.
-    name: (u64, u64),
     /// Readable once the thread is to end.
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
+    /// Removed last.
+    name: Name,
 }
 
 impl Control {
@@ -66,20 +65,30 @@ impl Control {
     ///
     /// # Errors
     /// [`ServerError`].
-    pub fn bind(path: PathBuf, answer: Answer, bounds: Bounds) -> Result<Control, ServerError> {
-        let failed = |doing| {
-            let path = path.clone();
-            move |errno| ServerError::Host { path, doing, errno }
-        };
-        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(failed("make an eventfd"))?;
+    pub fn bind(path: &Path, answer: Answer, bounds: Bounds) -> Result<Control, ServerError> {
+        Control::start(Listener::bind(path)?, answer, bounds)
+    }
+
+    /// Answers the clients of a socket that listens.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn start(
+        listener: Listener,
+        answer: Answer,
+        bounds: Bounds,
+    ) -> Result<Control, ServerError> {
+        let (listener, name) = listener.listening()?;
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| ServerError::Host {
+            path: name.path.clone(),
+            doing: "make an eventfd",
+            errno,
+        })?;
         let stop = Arc::new(stop);
-        let listener = listen_at(&path)?;
-        let name = identity(&path).map_err(failed("look up the name"))?;
         let mut control = Control {
-            path: path.clone(),
-            name,
             stop: Arc::clone(&stop),
             thread: None,
+            name,
         };
         let mut room = Room {
             clients: Vec::new(),
@@ -88,14 +97,17 @@ impl Control {
         };
         let thread = std::thread::Builder::new().name("control".to_owned());
         let thread = thread.spawn(move || room.run(&listener, &stop));
-        control.thread = Some(thread.map_err(|source| ServerError::Thread { path, source })?);
+        control.thread = Some(thread.map_err(|source| ServerError::Thread {
+            path: control.name.path.clone(),
+            source,
+        })?);
         Ok(control)
     }
 
     /// Where the socket is.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.name.path
     }
 }
 
@@ -105,10 +117,7 @@ impl Drop for Control {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            tracing::error!(socket = %self.path.display(), "the control thread panicked");
-        }
-        if identity(&self.path) == Ok(self.name) {
-            let _ = unlink(&self.path);
+            tracing::error!(socket = %self.name.path.display(), "the control thread panicked");
         }
     }
 }
@@ -354,6 +363,7 @@ mod tests {
     use std::net::Shutdown;
     use std::os::unix::fs::PermissionsExt as _;
     use std::os::unix::net::UnixStream;
+    use std::path::PathBuf;
 
     use tempfile::TempDir;
 
@@ -378,7 +388,7 @@ mod tests {
                 Request::Inject { gpu, fault } => Reply::Injected { gpu, fault },
             };
             let path = directory.path().join("control.sock");
-            let control = Control::bind(path, Arc::new(answer), bounds).unwrap();
+            let control = Control::bind(&path, Arc::new(answer), bounds).unwrap();
             Served {
                 directory,
                 control: Some(control),
@@ -595,7 +605,7 @@ mod tests {
     fn a_socket_that_is_served_is_not_taken_over() {
         let served = Served::new(3, Bounds::default());
         let answer = |_| Reply::refused(RefusalKind::Failed, "");
-        let second = Control::bind(served.path(), Arc::new(answer), Bounds::default());
+        let second = Control::bind(&served.path(), Arc::new(answer), Bounds::default());
         let message = second.unwrap_err().to_string();
         assert!(
             message.contains("another process serves there"),

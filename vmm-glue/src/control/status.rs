@@ -18,6 +18,9 @@ pub struct Status {
     pub machine: String,
     /// Process that serves it.
     pub pid: u32,
+    /// What that process has given up: `off`, `log (...)` or `on (...)`. Empty in the status of one that does not say.
+    #[serde(default)]
+    pub sandbox: String,
     /// Milliseconds since its GPUs began to be served.
     pub up_ms: u64,
     /// Its GPUs, in their order.

@@ -1,4 +1,5 @@
 //! The only room with `unsafe`: what the host offers and no safe wrapper covers.
 
 pub mod child;
+pub mod inherited;
 pub mod memory_slot;

@@ -3,9 +3,11 @@
 //! An access holds the map that it uses, not a lock: maps come and go beside it, accesses may nest, and an unmap
 //! returns only when no access can use the memory any more.
 
+mod map;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{
     Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
@@ -13,13 +15,14 @@ use std::sync::{
 use std::time::Duration;
 
 use numagpu_devices::bus::{BackingId, DmaAccess, DmaError, DmaPort, Mapped};
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
-use rustix::io::Errno;
-use thiserror::Error;
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::VolatileSlice;
+
+pub use map::MapError;
+use map::{Backing, FileKey, Map};
 
 use super::MAX_DMA_MAPS;
+use super::bounce::Bounce;
+use super::client::{Client, Failure, Remote};
 use super::wire::DmaMap;
 
 /// `DMA_MAP` flag: the server may read.
@@ -30,160 +33,6 @@ pub const WRITABLE: u32 = 1 << 1;
 
 /// How long an unmap sleeps before it looks again; accesses that end wake it before.
 const UNMAP_POLL: Duration = Duration::from_millis(1);
-
-/// Why a map or unmap is refused.
-#[derive(Debug, Error)]
-pub enum MapError {
-    /// Of size 0.
-    #[error("a map of 0 bytes at {address:#x}")]
-    Empty {
-        /// First address.
-        address: u64,
-    },
-    /// Past the last address or the last file offset.
-    #[error("{address:#x}..+{size:#x} at file offset {offset:#x} goes past the end of 64 bits")]
-    Wraps {
-        /// First address.
-        address: u64,
-        /// Bytes.
-        size: u64,
-        /// Offset in the file.
-        offset: u64,
-    },
-    /// Flags that are not known, or that allow no access.
-    #[error("flags {0:#x}; 1 is readable, 2 is writable, 3 both")]
-    Flags(u32),
-    /// Over another map.
-    #[error("{address:#x}..+{size:#x} overlaps the map at {other:#x}..+{other_size:#x}")]
-    Overlap {
-        /// First address.
-        address: u64,
-        /// Bytes.
-        size: u64,
-        /// First address of the map that is there.
-        other: u64,
-        /// Its bytes.
-        other_size: u64,
-    },
-    /// Too many maps.
-    #[error("{MAX_DMA_MAPS} maps exist already")]
-    TooMany,
-    /// Not a file that stays as long as it says.
-    #[error("the file descriptor is no regular file")]
-    NotAFile,
-    /// A file that ends inside the map.
-    #[error("the file has {len:#x} bytes; {size:#x} from {offset:#x} are to be mapped")]
-    ShortFile {
-        /// Bytes of the file.
-        len: u64,
-        /// Offset in the file.
-        offset: u64,
-        /// Bytes to map.
-        size: u64,
-    },
-    /// No map with just this range.
-    #[error("no map is exactly {address:#x}..+{size:#x}")]
-    NotMapped {
-        /// First address.
-        address: u64,
-        /// Bytes.
-        size: u64,
-    },
-    /// Dirty page tracking, which is not offered.
-    #[error("unmap with flags {0:#x}; dirty pages are not tracked")]
-    UnmapFlags(u32),
-    /// The host refused.
-    #[error("mapping {size:#x} bytes from file offset {offset:#x}: {errno}")]
-    Host {
-        /// Offset in the file.
-        offset: u64,
-        /// Bytes to map.
-        size: u64,
-        /// The host's error.
-        errno: Errno,
-    },
-}
-
-impl MapError {
-    /// The error number for the client.
-    #[must_use]
-    pub fn errno(&self) -> Errno {
-        match self {
-            Self::Overlap { .. } => Errno::EXIST,
-            Self::TooMany => Errno::NOSPC,
-            Self::NotMapped { .. } => Errno::NOENT,
-            Self::UnmapFlags(_) => Errno::NOTSUP,
-            Self::Host { errno, .. } => *errno,
-            _ => Errno::INVAL,
-        }
-    }
-}
-
-/// One map. Its memory is unmapped when the last user drops it.
-#[derive(Debug)]
-struct Map {
-    address: u64,
-    size: u64,
-    flags: u32,
-    offset: u64,
-    memory: Option<Memory>,
-}
-
-/// What a map with a file descriptor shows.
-#[derive(Debug)]
-struct Memory {
-    id: BackingId,
-    region: MmapRegion,
-}
-
-impl Map {
-    /// The last address; sizes are never 0.
-    fn last(&self) -> u64 {
-        self.address + (self.size - 1)
-    }
-
-    fn contains(&self, address: u64) -> bool {
-        (self.address..=self.last()).contains(&address)
-    }
-
-    fn writable(&self) -> bool {
-        self.flags & WRITABLE != 0
-    }
-
-    /// Whether a request describes this very map.
-    fn is(&self, request: &DmaMap, id: Option<BackingId>) -> bool {
-        let memory = self.memory.as_ref().map(|memory| memory.id);
-        (self.address, self.size, self.flags, self.offset, memory)
-            == (
-                request.address,
-                request.size,
-                request.flags,
-                request.offset,
-                id,
-            )
-    }
-
-    /// Whether the map's memory can be reached that way.
-    fn check(&self, address: u64, len: u64, access: DmaAccess) -> Result<(), DmaError> {
-        let readable = self.flags & READABLE != 0;
-        match access {
-            DmaAccess::Write if !self.writable() => Err(DmaError::ReadOnly { address }),
-            DmaAccess::Read if !readable => Err(DmaError::Unmapped { address, len }),
-            _ if self.memory.is_none() => Err(DmaError::Unmapped { address, len }),
-            _ => Ok(()),
-        }
-    }
-
-    /// `len` bytes from `address`, both inside the map.
-    fn slice(&self, address: u64, len: u64) -> Option<VolatileSlice<'_>> {
-        let region = &self.memory.as_ref()?.region;
-        let offset = usize::try_from(address.checked_sub(self.address)?).ok()?;
-        region.get_slice(offset, usize::try_from(len).ok()?).ok()
-    }
-}
-
-/// One file may back many maps: its descriptor is kept once per way it was opened.
-type FileKey = (BackingId, OFlags);
 
 #[derive(Debug, Default)]
 struct Maps {
@@ -213,6 +62,8 @@ pub struct DmaTable {
     waiting: AtomicUsize,
     gate: Mutex<()>,
     ended: Condvar,
+    /// Who is asked for memory that comes without a file; without, it cannot be reached.
+    client: Option<Arc<Client>>,
 }
 
 /// A map in use by an access.
@@ -239,6 +90,15 @@ impl DmaTable {
         Self::default()
     }
 
+    /// An empty table of a client that can be asked for memory.
+    #[must_use]
+    pub fn with_client(client: Arc<Client>) -> Self {
+        Self {
+            client: Some(client),
+            ..Self::default()
+        }
+    }
+
     /// Number of maps.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -257,11 +117,47 @@ impl DmaTable {
     /// # Errors
     /// [`MapError`]; the table is then as before.
     pub fn map(&self, request: &DmaMap, fd: Option<OwnedFd>) -> Result<(), MapError> {
-        let last = check(request)?;
-        let file = fd.map(|fd| open(request, fd)).transpose()?;
+        let last = map::check(request)?;
+        match fd {
+            None => self.insert(request, last, None, |_| {
+                Ok(Backing::Client(Remote::default()))
+            }),
+            Some(fd) => {
+                let (key, file) = map::open(request, fd)?;
+                let id = key.0;
+                self.insert(request, last, Some(id), |maps| {
+                    let file = maps.share(key, file);
+                    Ok(Backing::File(id, map::memory(request, file)?))
+                })
+            }
+        }
+    }
+
+    /// Adds a map that came without a descriptor and shows memory of the function itself: `file` from `offset` on.
+    ///
+    /// # Errors
+    /// As [`DmaTable::map`].
+    pub fn map_own(&self, request: &DmaMap, file: OwnedFd, offset: u64) -> Result<(), MapError> {
+        let last = map::check(request)?;
+        let own = DmaMap { offset, ..*request };
+        map::check(&own)?;
+        let (key, file) = map::open(&own, file)?;
+        self.insert(request, last, None, |maps| {
+            let file = maps.share(key, file);
+            Ok(Backing::Own(map::memory(&own, file)?))
+        })
+    }
+
+    fn insert(
+        &self,
+        request: &DmaMap,
+        last: u64,
+        id: Option<BackingId>,
+        backing: impl FnOnce(&mut Maps) -> Result<Backing, MapError>,
+    ) -> Result<(), MapError> {
         let mut maps = self.write();
         if let Some(other) = maps.any_in(request.address, last) {
-            if other.is(request, file.as_ref().map(|((id, _), _)| *id)) {
+            if other.is(request, id) {
                 return Ok(());
             }
             return Err(MapError::Overlap {
@@ -274,18 +170,12 @@ impl DmaTable {
         if maps.by_address.len() >= MAX_DMA_MAPS {
             return Err(MapError::TooMany);
         }
-        let memory = file
-            .map(|(key, file)| {
-                let file = maps.share(key, file);
-                memory(request, key.0, file)
-            })
-            .transpose()?;
         let map = Map {
             address: request.address,
             size: request.size,
             flags: request.flags,
             offset: request.offset,
-            memory,
+            backing: backing(&mut maps)?,
         };
         maps.by_address.insert(request.address, Arc::new(map));
         Ok(())
@@ -306,6 +196,7 @@ impl DmaTable {
         }
         let map = maps.by_address.remove(&address);
         drop(maps);
+        map.iter().for_each(|map| self.forget(map));
         map.into_iter().for_each(|map| self.retire(map));
         Ok(())
     }
@@ -313,13 +204,27 @@ impl DmaTable {
     /// Removes all maps. When this returns no access uses any of them any more.
     pub fn unmap_all(&self) {
         let maps = std::mem::take(&mut self.write().by_address);
+        maps.values().for_each(|map| self.forget(map));
         maps.into_values().for_each(|map| self.retire(map));
     }
 
-    /// Removes all maps, and answers every access from now on with [`DmaError::Disconnected`].
+    /// Removes all maps, and answers every access from now on with [`DmaError::Disconnected`]. Whoever waits for the
+    /// client waits no more, and nothing is sent any more.
     pub fn disconnect(&self) {
+        if let Some(client) = &self.client {
+            client.close();
+        }
         self.write().disconnected = true;
         self.unmap_all();
+    }
+
+    /// Ends the commands that wait for the memory of `map`, which is in the table no more. They have been sent, so a
+    /// client that takes messages in order has done them before it sees that its map is removed; what they would have
+    /// brought is lost, and the access fails.
+    fn forget(&self, map: &Map) {
+        if let (Backing::Client(remote), Some(client)) = (&map.backing, &self.client) {
+            client.forget(remote, map.address, map.last());
+        }
     }
 
     /// Waits until `map`, which is in the table no more, has no other user, and drops it.
@@ -357,7 +262,7 @@ impl DmaTable {
         }
         let find = |at: u64| -> Result<(InUse<'_>, u64), DmaError> {
             let map = maps.at(at).ok_or(DmaError::Unmapped { address, len })?;
-            map.check(address, len, access)?;
+            map.check(self.client.as_deref(), address, len, access)?;
             let in_use = InUse {
                 table: self,
                 map: Some(Arc::clone(map)),
@@ -396,83 +301,102 @@ impl Maps {
     }
 }
 
-/// Checks the numbers of a map; its last address.
-fn check(request: &DmaMap) -> Result<u64, MapError> {
-    let DmaMap {
-        flags,
-        offset,
-        address,
-        size,
-    } = *request;
-    if flags == 0 || flags & !(READABLE | WRITABLE) != 0 {
-        return Err(MapError::Flags(flags));
-    }
-    if size == 0 {
-        return Err(MapError::Empty { address });
-    }
-    // The end of a file is a signed 64-bit number.
-    let file_end = offset.checked_add(size).map(i64::try_from);
-    match (address.checked_add(size - 1), file_end) {
-        (Some(last), Some(Ok(_))) => Ok(last),
-        _ => Err(MapError::Wraps {
-            address,
-            size,
-            offset,
-        }),
-    }
+/// A part of a copy, from one map to one map.
+struct Part<'m> {
+    read: &'m Map,
+    read_at: u64,
+    write: &'m Map,
+    write_at: u64,
+    /// Bytes, less one.
+    more: u64,
 }
 
-/// Checks that a map can never reach past the end of `fd`'s file as it is now.
-fn open(request: &DmaMap, fd: OwnedFd) -> Result<(FileKey, File), MapError> {
-    let host = |errno| MapError::Host {
-        offset: request.offset,
-        size: request.size,
-        errno,
-    };
-    let stat = fstat(fd.as_fd()).map_err(host)?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err(MapError::NotAFile);
-    }
-    let len = u64::try_from(stat.st_size).unwrap_or(0);
-    if request.offset + request.size > len {
-        return Err(MapError::ShortFile {
-            len,
-            offset: request.offset,
-            size: request.size,
-        });
-    }
-    let mode = fcntl_getfl(fd.as_fd()).map_err(host)? & OFlags::RWMODE;
-    let id = BackingId {
-        device: stat.st_dev,
-        inode: stat.st_ino,
-    };
-    Ok(((id, mode), File::from(fd)))
-}
-
-/// Maps a range of a file that was checked to be long enough.
-fn memory(request: &DmaMap, id: BackingId, file: Arc<File>) -> Result<Memory, MapError> {
-    let host = |errno| MapError::Host {
-        offset: request.offset,
-        size: request.size,
-        errno,
-    };
-    let size = usize::try_from(request.size).map_err(|_| host(Errno::NOMEM))?;
-    let prot = match request.flags & WRITABLE {
-        0 => libc::PROT_READ,
-        _ => libc::PROT_READ | libc::PROT_WRITE,
-    };
-    let region = MmapRegionBuilder::new(size)
-        .with_mmap_prot(prot)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-        .with_file_offset(FileOffset::from_arc(file, request.offset))
-        .build()
-        .map_err(|error| match error {
-            vm_memory::mmap::MmapRegionError::Mmap(error) => {
-                host(Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))
+impl DmaTable {
+    /// Accesses memory that the client has to be asked for.
+    fn ask(
+        &self,
+        remote: &Remote,
+        address: u64,
+        len: u64,
+        access: DmaAccess,
+        f: &mut dyn FnMut(VolatileSlice<'_>),
+    ) -> Result<(), DmaError> {
+        let unmapped = DmaError::Unmapped { address, len };
+        let client = self.client.as_ref().ok_or(unmapped)?;
+        let mut bounce = Bounce::default();
+        let mut done = 0;
+        while done < len {
+            let at = address + done;
+            let part = client.part(at, len - done);
+            bounce.begin(at, usize::try_from(part).map_err(|_| unmapped)?);
+            if access.reads() {
+                let fetched = client.fetch(remote, &mut bounce);
+                fetched.map_err(|failure| failed(failure, at, part))?;
             }
-            _ => host(Errno::INVAL),
-        })?;
-    Ok(Memory { id, region })
+            f(VolatileSlice::from(bounce.bytes_mut()));
+            if access.writes() {
+                let stored = client.store(remote, &mut bounce);
+                stored.map_err(|failure| failed(failure, at, part))?;
+            }
+            done += part.max(1);
+        }
+        Ok(())
+    }
+
+    /// Does a part of a copy; from its end if it may lie in what is still to be read.
+    fn carry(&self, part: &Part<'_>, backward: bool) -> Result<(), DmaError> {
+        let Part {
+            read,
+            read_at,
+            write,
+            write_at,
+            more,
+        } = *part;
+        let len = more.saturating_add(1);
+        if let (Some(from), Some(to)) = (read.slice(read_at, len), write.slice(write_at, len)) {
+            from.copy_to_volatile_slice(to);
+            return Ok(());
+        }
+        let unmapped = DmaError::Unmapped {
+            address: read_at,
+            len,
+        };
+        let client = self.client.as_ref().ok_or(unmapped)?;
+        let mut bounce = Bounce::default();
+        let mut done = 0;
+        while done < len {
+            let step = client.part(0, len - done).max(1);
+            let at = if backward { len - done - step } else { done };
+            bounce.begin(read_at + at, usize::try_from(step).map_err(|_| unmapped)?);
+            match (&read.backing, read.slice(read_at + at, step)) {
+                (Backing::Client(remote), _) => {
+                    let fetched = client.fetch(remote, &mut bounce);
+                    fetched.map_err(|failure| failed(failure, read_at + at, step))?;
+                }
+                (_, from) => {
+                    from.ok_or(unmapped)?.copy_to(bounce.bytes_mut());
+                }
+            }
+            bounce.readdress(write_at + at);
+            match (&write.backing, write.slice(write_at + at, step)) {
+                (Backing::Client(remote), _) => {
+                    let stored = client.store(remote, &mut bounce);
+                    stored.map_err(|failure| failed(failure, write_at + at, step))?;
+                }
+                (_, to) => to.ok_or(unmapped)?.copy_from(bounce.bytes()),
+            }
+            done += step;
+        }
+        Ok(())
+    }
+}
+
+fn failed(failure: Failure, address: u64, len: u64) -> DmaError {
+    match failure {
+        Failure::Closed => DmaError::Disconnected,
+        Failure::Unmapped => DmaError::Unmapped { address, len },
+        _ => DmaError::Failed { address },
+    }
 }
 
 impl DmaPort for DmaTable {
@@ -493,8 +417,10 @@ impl DmaPort for DmaTable {
         for piece in std::iter::once(first).chain(rest) {
             let Some(map) = &piece.map else { continue };
             let end = map.last().min(last);
-            let slice = map.slice(at, end - at + 1).ok_or(unmapped)?;
-            f(slice);
+            match &map.backing {
+                Backing::Client(remote) => self.ask(remote, at, end - at + 1, access, f)?,
+                _ => f(map.slice(at, end - at + 1).ok_or(unmapped)?),
+            }
             at = end.wrapping_add(1);
         }
         Ok(())
@@ -523,11 +449,13 @@ impl DmaPort for DmaTable {
             let (read_left, write_left) = (read.last() - read_at, write.last() - write_at);
             // Of this part, less one: 2^64 bytes do not fit.
             let part = read_left.min(write_left).min(more - done);
-            let slices = (
-                read.slice(read_at, part + 1),
-                write.slice(write_at, part + 1),
-            );
-            parts.push(slices);
+            parts.push(Part {
+                read,
+                read_at,
+                write,
+                write_at,
+                more: part,
+            });
             if part == more - done {
                 break;
             }
@@ -536,15 +464,11 @@ impl DmaPort for DmaTable {
             to.next_if(|_| part == write_left);
         }
         // A part that lies in the other range is read before it is written.
-        if source < destination {
+        let backward = source < destination;
+        if backward {
             parts.reverse();
         }
-        for part in parts {
-            if let (Some(read), Some(write)) = part {
-                read.copy_to_volatile_slice(write);
-            }
-        }
-        Ok(())
+        parts.iter().try_for_each(|part| self.carry(part, backward))
     }
 
     fn mapped(&self, address: u64, len: u64) -> Mapped {
@@ -561,10 +485,10 @@ impl DmaPort for DmaTable {
         if !map.contains(address) || !map.contains(last) {
             return Mapped::Partial;
         }
-        match &map.memory {
+        match map.file() {
             None => Mapped::NoFd,
-            Some(memory) => Mapped::File {
-                id: memory.id,
+            Some(id) => Mapped::File {
+                id,
                 offset: map.offset + (address - map.address),
                 writable: map.writable(),
             },

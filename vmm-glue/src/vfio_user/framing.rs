@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 
+use super::polling::Poller;
 use super::refusal::Refusal;
 use super::wire::{HEADER_SIZE, Header};
 use super::{MAX_FDS, MAX_MESSAGE};
@@ -65,11 +66,11 @@ impl Framing {
         }
     }
 
-    /// Receives once, blocking; the number of bytes, 0 at the end of the stream.
+    /// Receives once, blocking after `poller` has looked; the number of bytes, 0 at the end of the stream.
     ///
     /// # Errors
     /// The socket's error, except that an interrupted call is made again.
-    pub fn receive(&mut self, socket: impl AsFd) -> io::Result<usize> {
+    pub(super) fn receive(&mut self, socket: impl AsFd, poller: &mut Poller) -> io::Result<usize> {
         self.compact();
         let to = (self.end + CHUNK).min(self.buffer.len());
         let Some(space) = self.buffer.get_mut(self.end..to) else {
@@ -78,13 +79,17 @@ impl Framing {
         let mut control = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CONTROL_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut control);
         let mut parts = [IoSliceMut::new(space)];
+        let mut looks = poller.begin();
         let received = loop {
-            let flags = RecvFlags::CMSG_CLOEXEC;
+            let mut flags = RecvFlags::CMSG_CLOEXEC;
+            flags.set(RecvFlags::DONTWAIT, looks);
             match recvmsg(&socket, &mut parts, &mut control, flags) {
                 Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if looks => looks = poller.again(),
                 other => break other?,
             }
         };
+        poller.end();
         self.end += received.bytes;
         let last = self.end.saturating_sub(1);
         for message in control.drain() {

@@ -3,23 +3,30 @@
 //! One [`Server`] serves one function on one UNIX socket to one client at a time. Its parts, from the socket
 //! inwards:
 //!
-//! - [`server`]: the listening socket, its threads, who may connect and when, shutdown.
+//! - [`listener`]: the socket that clients come through, made here or handed over.
+//! - [`server`]: its threads, who may connect and when, shutdown.
 //! - [`framing`]: bytes and file descriptors of the stream become messages, however the stream is cut.
+//! - [`polling`]: whether a session looks for messages before it sleeps.
 //! - [`wire`]: messages become validated requests, results become replies. Pure.
 //! - [`refusal`]: why a request is not carried out, and its error number.
 //! - [`session`]: one connection's life: version first and once, then any request in order.
 //! - [`regions`]: which accesses a function's regions take, and what of them a client may map.
 //! - [`dma`]: guest memory that the client mapped, as the function's `DmaPort`.
 //! - [`version`]: negotiation of version and capabilities.
+//! - [`client`]: the socket as it is written to, and `DMA_READ` and `DMA_WRITE` to the client.
 //! - [`irq`]: the client's event descriptors, as the function's `InterruptSink`.
 //!
-//! Not here: `DMA_READ`/`DMA_WRITE` to the client, migration, interrupts other than MSI-X.
+//! Not here: migration, interrupts other than MSI-X, a second socket for the server's commands.
 //!
 //! "The specification" in this module is QEMU's `docs/interop/vfio-user.rst`, protocol 0.0.
 
+mod bounce;
+pub mod client;
 pub mod dma;
 pub mod framing;
 pub mod irq;
+pub mod listener;
+pub mod polling;
 pub mod refusal;
 pub mod regions;
 pub mod server;
@@ -27,8 +34,9 @@ pub mod session;
 pub mod version;
 pub mod wire;
 
-pub use server::{Server, ServerError, Stopper};
-pub(crate) use server::{identity, listen_at};
+pub use listener::{HandedError, Listener};
+pub use polling::Polling;
+pub use server::{SecondClient, Server, ServerError, Stopper};
 
 /// Most data bytes of one region access (`max_data_xfer_size`), which is the specification's default.
 pub const MAX_TRANSFER: usize = 1 << 20;

@@ -4,7 +4,7 @@ use numagpu_devices::bus::{Area, Bar, PciFunction};
 
 use super::PAGE_SIZES;
 use super::refusal::Refusal;
-use super::wire::{Access, Reply};
+use super::wire::{Access, Files, Reply};
 
 /// Number of regions of a PCI device: six BARs, ROM, configuration space, VGA (`VFIO_PCI_NUM_REGIONS`).
 pub const COUNT: u32 = 9;
@@ -34,10 +34,17 @@ const AREA_SIZE: u32 = 16;
 /// Most areas of one region that can be mapped; a region with more cannot be mapped at all.
 const MAX_AREAS: usize = 64;
 
+/// Offsets in configuration space, and the bit of `COMMAND` that lets memory be reached (PCIe Base 6.0 section
+/// 7.5.1).
+const COMMAND: u32 = 0x04;
+const MEMORY_SPACE: u32 = 1 << 1;
+const FIRST_BAR: u32 = 0x10;
+
 /// A region of a function.
 #[derive(Clone, Debug, Default)]
 struct Region {
     size: u64,
+    is_64bit: bool,
     /// What a client may map; the function has a file for it.
     mappable: Vec<Area>,
 }
@@ -66,6 +73,7 @@ impl Regions {
         for bar in layout.bars.iter().filter(|bar| bar.index < 6) {
             if let Some(region) = all.get_mut(usize::from(bar.index)) {
                 region.size = bar.size;
+                region.is_64bit = bar.is_64bit;
                 if is_mappable(bar) && function.bar_file(bar.index).is_some() {
                     region.mappable.clone_from(&bar.mappable);
                 }
@@ -97,7 +105,7 @@ impl Regions {
     /// # Errors
     /// [`Refusal::Region`] if the index is not below [`COUNT`].
     pub fn describe(&self, index: u32, argsz: u32, reply: &mut Reply) -> Result<(), Refusal> {
-        let Region { size, mappable } = self.region(index)?;
+        let Region { size, mappable, .. } = self.region(index)?;
         let whole = Area {
             offset: 0,
             size: *size,
@@ -108,7 +116,7 @@ impl Regions {
         }
         if let (false, Ok(bar)) = (mappable.is_empty(), u8::try_from(index)) {
             flags |= MMAP;
-            reply.with_file_of(bar);
+            reply.with(Files::Bar(bar));
         }
         let areas: &[Area] = if *mappable == [whole] { &[] } else { mappable };
         if !areas.is_empty() {
@@ -128,6 +136,40 @@ impl Regions {
             }
         }
         Ok(())
+    }
+
+    /// Which mappable part of a BAR is at `size` bytes from a bus address, as configuration space has it now: BAR and
+    /// offset in its file.
+    #[must_use]
+    pub fn at_bus_address(
+        &self,
+        function: &dyn PciFunction,
+        address: u64,
+        size: u64,
+    ) -> Option<(u8, u64)> {
+        let register = |offset| {
+            let mut value = [0; 4];
+            function.config_read(offset, &mut value);
+            u32::from_le_bytes(value)
+        };
+        if self.all.iter().all(|region| region.mappable.is_empty())
+            || register(COMMAND) & MEMORY_SPACE == 0
+        {
+            return None;
+        }
+        (0..6_u8).zip(&self.all).find_map(|(bar, region)| {
+            let first = FIRST_BAR + 4 * u32::from(bar);
+            let high = match region.mappable.is_empty() {
+                true => return None,
+                false if region.is_64bit => u64::from(register(first + 4)),
+                false => 0,
+            };
+            let base = high << 32 | u64::from(register(first) & !0xf);
+            let offset = address.checked_sub(base).filter(|_| base != 0)?;
+            let end = offset.checked_add(size)?;
+            let inside = |area: &Area| area.offset <= offset && end <= area.offset + area.size;
+            region.mappable.iter().any(inside).then_some((bar, offset))
+        })
     }
 
     /// Where an access goes; none if it has no bytes.

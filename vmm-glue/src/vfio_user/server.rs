@@ -1,7 +1,9 @@
-//! The listening socket of a function, and who is let in.
+//! Who is let in to a function, and when.
 //!
 //! Two threads per function: one accepts, one serves. A client that comes while another is served is accepted and
-//! closed at once; one that comes while the last one's leftovers are cleared away waits for that.
+//! closed at once, or waits for its turn ([`SecondClient`]); one that comes while the last one's leftovers are cleared
+//! away waits for that. Where a connected socket was handed over instead of one that listens, nobody accepts, and the
+//! server is over when that client has gone.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,18 +14,12 @@ use std::thread::JoinHandle;
 
 use numagpu_devices::bus::PciFunction;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::{FileType, Mode, fchmod, lstat, unlink};
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
-    listen, shutdown, socket_with,
-};
+use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 use thiserror::Error;
 
+use super::listener::{Listener, Name, Source};
 use super::session::Session;
-
-/// Connections that the kernel keeps until they are accepted or refused.
-const BACKLOG: i32 = 16;
 
 /// Why a server could not be started.
 #[derive(Debug, Error)]
@@ -64,23 +60,33 @@ pub enum ServerError {
     },
 }
 
+/// What becomes of a client that comes while another is served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SecondClient {
+    /// Its connection is closed at once.
+    #[default]
+    Refuse,
+    /// It waits until the other has gone. One waits here, the next ones in the socket's backlog.
+    Queue,
+}
+
 /// Serves a function on a socket until it is dropped.
 #[derive(Debug)]
 pub struct Server {
-    path: PathBuf,
-    /// `st_dev` and `st_ino` of the socket's name, so that only our own is removed.
-    name: (u64, u64),
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// Removed last, when nobody accepts any more.
+    name: Name,
 }
 
-/// Stops a [`Server`] from another thread.
+/// Stops a [`Server`] from another thread, or waits for its end there.
 #[derive(Clone, Debug)]
 pub struct Stopper(Arc<Shared>);
 
 /// What the two threads and the owner share.
 #[derive(Debug)]
 struct Shared {
+    second: SecondClient,
     state: Mutex<State>,
     /// Wakes the serving thread for a client or to stop, and the accepting thread when a client is done with.
     changed: Condvar,
@@ -101,8 +107,9 @@ enum State {
 }
 
 impl Server {
-    /// Listens on a new UNIX socket at `path` with mode 0600 and serves `function` there, to one client at a time.
-    /// Clients can connect when this returns. A socket that a killed process left at `path` is replaced.
+    /// Listens on a new UNIX socket at `path` with mode 0600 and serves `function` there, to one client at a time; a
+    /// second one is refused. Clients can connect when this returns. A socket that a killed process left at `path` is
+    /// replaced.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -110,37 +117,54 @@ impl Server {
         path: impl Into<PathBuf>,
         function: Arc<dyn PciFunction>,
     ) -> Result<Self, ServerError> {
-        let path = path.into();
-        let failed = |doing| {
-            let path = path.clone();
-            move |errno| ServerError::Host { path, doing, errno }
+        Self::start(Listener::bind(path)?, function, SecondClient::Refuse)
+    }
+
+    /// Serves `function` to the clients of `listener`, one at a time.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn start(
+        listener: Listener,
+        function: Arc<dyn PciFunction>,
+        second: SecondClient,
+    ) -> Result<Self, ServerError> {
+        let Listener { source, name } = listener;
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| ServerError::Host {
+            path: name.path.clone(),
+            doing: "make an eventfd",
+            errno,
+        })?;
+        let (state, listener) = match source {
+            Source::Listening(listener) => (State::Idle, Some(listener)),
+            Source::Connected(client) => (State::Arrived(Arc::new(client)), None),
         };
-        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(failed("make an eventfd"))?;
-        let listener = listen_at(&path)?;
-        let name = identity(&path).map_err(failed("look up the name"))?;
         let shared = Arc::new(Shared {
-            state: Mutex::new(State::Idle),
+            second,
+            state: Mutex::new(state),
             changed: Condvar::new(),
             stop,
         });
         let mut server = Self {
-            path,
-            name,
             shared: Arc::clone(&shared),
             threads: Vec::with_capacity(2),
+            name,
         };
-        server.start("vfio-accept", {
+        let only_one = listener.is_none();
+        if let Some(listener) = listener {
             let shared = Arc::clone(&shared);
-            move || shared.accept(&listener)
+            server.spawn("vfio-accept", move || shared.accept(&listener))?;
+        }
+        server.spawn("vfio-serve", move || {
+            shared.serve(&function, only_one);
         })?;
-        server.start("vfio-serve", move || shared.serve(&function))?;
         Ok(server)
     }
 
-    /// Where the socket is.
+    /// Where the socket is, as [`Listener::path`].
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.name.path
     }
 
     /// Whether a client is connected now.
@@ -155,19 +179,20 @@ impl Server {
         Stopper(Arc::clone(&self.shared))
     }
 
-    /// Disconnects the client if there is one, waits until the function is detached, and removes the socket.
+    /// Disconnects the client if there is one, waits until the function is detached, and removes the socket's name if
+    /// it is ours.
     pub fn shutdown(self) {
         drop(self);
     }
 
-    fn start(
+    fn spawn(
         &mut self,
         name: &str,
         body: impl FnOnce() + Send + 'static,
     ) -> Result<(), ServerError> {
         let thread = std::thread::Builder::new().name(name.to_owned());
         let thread = thread.spawn(body).map_err(|source| ServerError::Thread {
-            path: self.path.clone(),
+            path: self.name.path.clone(),
             source,
         })?;
         self.threads.push(thread);
@@ -180,11 +205,8 @@ impl Drop for Server {
         self.shared.stop();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
-                tracing::error!(socket = %self.path.display(), "a server thread panicked");
+                tracing::error!(socket = %self.name.path.display(), "a server thread panicked");
             }
-        }
-        if identity(&self.path) == Ok(self.name) {
-            let _ = unlink(&self.path);
         }
     }
 }
@@ -194,6 +216,15 @@ impl Stopper {
     /// still to be dropped.
     pub fn stop(&self) {
         self.0.stop();
+    }
+
+    /// Waits until the server lets nobody in any more: because it was stopped, its only client has gone, or the
+    /// function failed.
+    pub fn wait(&self) {
+        let mut state = self.0.lock();
+        while !matches!(*state, State::Stopped) {
+            state = self.0.wait(state);
+        }
     }
 }
 
@@ -249,7 +280,7 @@ impl Shared {
         }
     }
 
-    /// Hands a client to the serving thread, or closes it if another one is being served.
+    /// Hands a client to the serving thread, or closes it if another one is being served and no second one waits.
     fn admit(&self, client: OwnedFd) {
         let mut state = self.lock();
         loop {
@@ -257,7 +288,7 @@ impl Shared {
                 State::Idle => break,
                 State::Stopped => return,
                 State::Arrived(other) | State::Serving(other) => {
-                    if !hung_up(other) {
+                    if self.second == SecondClient::Refuse && !hung_up(other) {
                         tracing::warn!("a second vfio-user client was refused");
                         return;
                     }
@@ -270,8 +301,8 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Body of the serving thread.
-    fn serve(&self, function: &Arc<dyn PciFunction>) {
+    /// Body of the serving thread. After the first client there may be no other.
+    fn serve(&self, function: &Arc<dyn PciFunction>, only_one: bool) {
         let mut state = self.lock();
         loop {
             let client = match &*state {
@@ -284,7 +315,7 @@ impl Shared {
             };
             *state = State::Serving(Arc::clone(&client));
             drop(state);
-            let session = || Session::new(Arc::clone(function)).run(&*client);
+            let session = || Session::new(Arc::clone(function), Arc::clone(&client)).run();
             match catch_unwind(AssertUnwindSafe(session)) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!("a vfio-user session ended: {error}"),
@@ -296,7 +327,10 @@ impl Shared {
             }
             state = self.lock();
             if matches!(*state, State::Serving(_)) {
-                *state = State::Idle;
+                *state = match only_one {
+                    true => State::Stopped,
+                    false => State::Idle,
+                };
             }
             drop(client);
             self.changed.notify_all();
@@ -312,75 +346,4 @@ fn hung_up(client: &OwnedFd) -> bool {
         tv_nsec: 0,
     };
     poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
-}
-
-/// A listening socket at `path`, in place of a stale one.
-pub(crate) fn listen_at(path: &Path) -> Result<OwnedFd, ServerError> {
-    let failed = |doing| {
-        move |errno| ServerError::Host {
-            path: path.to_owned(),
-            doing,
-            errno,
-        }
-    };
-    let address = SocketAddrUnix::new(path).map_err(|errno| match errno {
-        Errno::NAMETOOLONG => ServerError::PathTooLong {
-            path: path.to_owned(),
-            len: path.as_os_str().len(),
-        },
-        errno => failed("use the path")(errno),
-    })?;
-    let socket = new_socket().map_err(failed("make a socket"))?;
-    // The name gets the socket's own mode, so nobody else can connect even for a moment (unix(7)).
-    fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(failed("set the mode"))?;
-    match bind(&socket, &address) {
-        Err(Errno::ADDRINUSE) => {
-            remove_stale(path, &address)?;
-            bind(&socket, &address).map_err(failed("bind"))?;
-        }
-        other => other.map_err(failed("bind"))?,
-    }
-    listen(&socket, BACKLOG).map_err(failed("listen"))?;
-    Ok(socket)
-}
-
-/// Removes a socket that nobody listens to.
-fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ServerError> {
-    let failed = |doing| {
-        move |errno| ServerError::Host {
-            path: path.to_owned(),
-            doing,
-            errno,
-        }
-    };
-    let in_use = |what| ServerError::InUse {
-        path: path.to_owned(),
-        what,
-    };
-    let stat = lstat(path).map_err(failed("look up the name"))?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
-        return Err(in_use("it is no socket"));
-    }
-    let probe = new_socket().map_err(failed("make a socket"))?;
-    match connect(&probe, address) {
-        Err(Errno::CONNREFUSED) => unlink(path).map_err(failed("remove the stale socket")),
-        // A full backlog is a server's too.
-        Ok(()) | Err(Errno::AGAIN) => Err(in_use("another process serves there")),
-        Err(errno) => Err(failed("look for another server")(errno)),
-    }
-}
-
-/// A socket that never blocks; those that are accepted from it do.
-fn new_socket() -> Result<OwnedFd, Errno> {
-    socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-        None,
-    )
-}
-
-/// `st_dev` and `st_ino` of a name.
-pub(crate) fn identity(path: &Path) -> Result<(u64, u64), Errno> {
-    lstat(path).map(|stat| (stat.st_dev, stat.st_ino))
 }

@@ -1,21 +1,20 @@
 //! One connection: requests in the order they came, each answered before the next is looked at.
 
-use std::io::{self, IoSlice};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use numagpu_devices::bus::{Attachment, PciFunction, ResetKind};
-use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, send, sendmsg};
 
+use super::client::Client;
 use super::dma::{DmaTable, MapError};
 use super::framing::Framing;
 use super::irq::{self, IrqTable};
+use super::polling::{Poller, Polling};
 use super::refusal::Refusal;
 use super::regions::{self, Regions};
 use super::version::{self, negotiate};
-use super::wire::{self, Access, Header, Kind, Reply, Request};
+use super::wire::{self, Access, DmaMap, Files, Header, Kind, Reply, Request};
 use super::{MAX_FDS, MAX_TRANSFER};
 
 /// `VFIO_DEVICE_FLAGS_RESET | VFIO_DEVICE_FLAGS_PCI`.
@@ -24,7 +23,10 @@ const DEVICE_FLAGS: u32 = 0b11;
 /// Serves one client until it goes away. Buffers are made at the start; requests allocate nothing but what they
 /// ask to keep.
 pub struct Session {
+    socket: Arc<OwnedFd>,
+    client: Arc<Client>,
     framing: Framing,
+    poller: Poller,
     fds: Vec<OwnedFd>,
     reply: Reply,
     device: Device,
@@ -36,59 +38,75 @@ struct Device {
     regions: Regions,
     dma: Arc<DmaTable>,
     irq: Arc<IrqTable>,
+    client: Arc<Client>,
     /// Whether `VERSION` was negotiated, from which on the function is attached.
     attached: bool,
 }
 
 impl Session {
-    /// A session for a client that has just connected.
+    /// A session for a client that has just connected, at the other end of `socket`.
     #[must_use]
-    pub fn new(function: Arc<dyn PciFunction>) -> Self {
+    pub fn new(function: Arc<dyn PciFunction>, socket: Arc<OwnedFd>) -> Self {
+        let client = Arc::new(Client::new(Arc::clone(&socket)));
         let layout = function.layout();
         let (regions, irq) = (Regions::new(&*function), IrqTable::new(layout.msix_vectors));
         Self {
+            socket,
+            client: Arc::clone(&client),
             framing: Framing::new(),
+            poller: Poller::default(),
             fds: Vec::with_capacity(4 * MAX_FDS),
             reply: Reply::new(),
             device: Device {
                 function,
                 regions,
-                dma: Arc::new(DmaTable::new()),
+                dma: Arc::new(DmaTable::with_client(Arc::clone(&client))),
                 irq: Arc::new(irq),
+                client,
                 attached: false,
             },
         }
+    }
+
+    /// The same, that looks for messages as `polling` says.
+    #[must_use]
+    pub fn polling(mut self, polling: Polling) -> Self {
+        self.poller = Poller::new(polling);
+        self
     }
 
     /// Serves until the client disconnects. The function is detached then, and nothing of the client's is kept.
     ///
     /// # Errors
     /// What ended the session other than a plain disconnect.
-    pub fn run(mut self, socket: impl AsFd) -> Result<(), SessionError> {
-        let result = self.serve(socket.as_fd());
+    pub fn run(mut self) -> Result<(), SessionError> {
+        self.client.serve_here();
+        let result = self.serve();
         self.device.disconnect();
         result
     }
 
-    fn serve(&mut self, socket: impl AsFd) -> Result<(), SessionError> {
-        while self.framing.receive(&socket)? > 0 {
+    fn serve(&mut self) -> Result<(), SessionError> {
+        while self.framing.receive(&*self.socket, &mut self.poller)? > 0 {
             loop {
                 let message = match self.framing.next(&mut self.fds) {
                     Ok(Some(message)) => message,
                     Ok(None) => break,
                     Err((header, refusal)) => {
                         if header.kind() == Kind::Command && !header.no_reply() {
-                            send_all(&socket, self.reply.refuse(&header, refusal.errno()))?;
+                            let reply = self.reply.refuse(&header, refusal.errno());
+                            self.client.reply(reply, &[])?;
                         }
                         return Err(refusal.into());
                     }
                 };
                 let header = message.header;
                 if header.kind() == Kind::Reply {
-                    // Nothing was asked; there is nobody to tell.
+                    self.client.answer(&header, message.body);
                     continue;
                 }
                 self.reply.clear();
+                self.client.begin();
                 let done = if message.fds_lost || self.fds.len() > MAX_FDS {
                     Err(Refusal::Fds {
                         got: self.fds.len(),
@@ -100,25 +118,27 @@ impl Session {
                             .handle(it, &header, &mut self.fds, &mut self.reply)
                     })
                 };
+                self.client.end();
                 if let Err(refusal) = &done {
                     tracing::debug!(command = header.command, id = header.id, "{refusal}");
                 }
                 if header.no_reply() {
                     continue;
                 }
-                let reply = match done {
+                match done {
                     Ok(()) => {
-                        let bar = self.reply.file_of();
-                        let file = bar.and_then(|bar| self.device.function.bar_file(bar));
+                        let files = match self.reply.files() {
+                            Files::None => None,
+                            Files::Bar(bar) => self.device.function.bar_file(bar),
+                        };
                         let reply = self.reply.finish(&header);
-                        match file {
-                            Some(file) => send_with(&socket, reply, file)?,
-                            None => reply,
-                        }
+                        self.client.reply(reply, files.as_slice())?;
                     }
-                    Err(refusal) => self.reply.refuse(&header, refusal.errno()),
-                };
-                send_all(&socket, reply)?;
+                    Err(refusal) => {
+                        let reply = self.reply.refuse(&header, refusal.errno());
+                        self.client.reply(reply, &[])?;
+                    }
+                }
             }
             // Descriptors that no request kept.
             self.fds.clear();
@@ -136,41 +156,6 @@ pub enum SessionError {
     /// The socket failed.
     #[error("the socket failed: {0}")]
     Socket(#[from] io::Error),
-}
-
-/// Sends all of a message: one call, unless it is larger than the socket's buffer.
-fn send_all(socket: impl AsFd, mut message: &[u8]) -> io::Result<()> {
-    while !message.is_empty() {
-        match send(&socket, message, SendFlags::NOSIGNAL) {
-            Ok(sent) => message = message.get(sent..).unwrap_or_default(),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
-/// Sends a descriptor with the first bytes of a message, which are all of them unless the socket's buffer is
-/// full; what is left to send.
-fn send_with<'m>(
-    socket: impl AsFd,
-    message: &'m [u8],
-    file: BorrowedFd<'_>,
-) -> io::Result<&'m [u8]> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    loop {
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        let files = [file];
-        if !control.push(SendAncillaryMessage::ScmRights(&files)) {
-            return Err(Errno::NOBUFS.into());
-        }
-        let bytes = [IoSlice::new(message)];
-        match sendmsg(&socket, &bytes, &mut control, SendFlags::NOSIGNAL) {
-            Ok(sent) => return Ok(message.get(sent..).unwrap_or_default()),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
 }
 
 impl Device {
@@ -224,21 +209,23 @@ impl Device {
                     let got = fds.len();
                     return Err(Refusal::Fds { got, max: 1 });
                 }
-                self.dma.map(&map, fds.pop())?;
-                self.function.dma_changed();
-                Ok(())
+                self.map(&map, fds.pop())
             }
             Request::DmaUnmap {
                 argsz,
                 flags,
                 address,
                 size,
+                bitmap: _,
             } => {
                 self.unmap(flags, address, size)?;
                 reply.u32(argsz).u32(flags).u64(address).u64(size);
                 Ok(())
             }
             Request::SetIrqs(set) => self.irq.set(&set, fds),
+            Request::Feature { .. }
+            | Request::MigrationRead { .. }
+            | Request::MigrationWrite(_) => Err(Refusal::Unsupported(header.command)),
             Request::Reset => {
                 self.function.reset(ResetKind::Hot);
                 Ok(())
@@ -257,7 +244,7 @@ impl Device {
             Request::GetRegionInfo { argsz, index } => {
                 self.regions.describe(index, argsz, reply)?;
             }
-            Request::GetRegionIoFds { index } => {
+            Request::GetRegionIoFds { index, .. } => {
                 self.regions.size(index)?;
                 reply.u32(16).u32(0).u32(index).u32(0);
             }
@@ -277,13 +264,32 @@ impl Device {
         data: &[u8],
         reply: &mut Reply,
     ) -> Result<(), Refusal> {
-        let (minor, data) = negotiate(major, minor, data)?;
+        let agreed = negotiate(major, minor, data)?;
+        self.client.limit(agreed.max_transfer);
         self.function.attach(Attachment {
             dma: Arc::clone(&self.dma) as _,
             irq: Arc::clone(&self.irq) as _,
         });
         self.attached = true;
-        reply.u16(version::MAJOR).u16(minor).bytes(data.as_bytes());
+        reply.u16(version::MAJOR).u16(agreed.minor);
+        reply.bytes(agreed.data.as_bytes());
+        Ok(())
+    }
+
+    fn map(&self, request: &DmaMap, fd: Option<OwnedFd>) -> Result<(), Refusal> {
+        // QEMU maps a BAR's memory into its guest, and shows that back without a descriptor.
+        let function = &*self.function;
+        let own = || {
+            let (address, size) = (request.address, request.size);
+            let (bar, offset) = self.regions.at_bus_address(function, address, size)?;
+            let file = function.bar_file(bar)?.try_clone_to_owned().ok()?;
+            Some((file, offset))
+        };
+        match fd.is_none().then(own).flatten() {
+            Some((file, offset)) => self.dma.map_own(request, file, offset)?,
+            None => self.dma.map(request, fd)?,
+        }
+        function.dma_changed();
         Ok(())
     }
 
@@ -291,10 +297,13 @@ impl Device {
         match (flags, address, size) {
             (0, _, _) => self.dma.unmap(address, size)?,
             (wire::UNMAP_ALL | wire::UNMAP_ALL_OLD, 0, 0) => self.dma.unmap_all(),
-            (wire::UNMAP_ALL | wire::UNMAP_ALL_OLD, _, _) => {
-                return Err(MapError::Flags(flags));
+            _ => {
+                return Err(MapError::UnmapFlags {
+                    flags,
+                    address,
+                    size,
+                });
             }
-            _ => return Err(MapError::UnmapFlags(flags)),
         }
         self.function.dma_changed();
         Ok(())

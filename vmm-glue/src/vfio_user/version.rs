@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde_json::Value;
 
 use super::refusal::Refusal;
 use super::{MAX_DMA_MAPS, MAX_FDS, MAX_TRANSFER, PAGE_SIZES};
@@ -17,6 +18,10 @@ pub const MINOR: u16 = 0;
 /// Longest version data read. QEMU sends 194 bytes.
 const MAX_DATA: usize = 4096;
 
+/// `max_data_xfer_size` and `max_msg_fds` of a client that does not name them.
+const DEFAULT_TRANSFER: u64 = 1 << 20;
+const DEFAULT_FDS: usize = 1;
+
 /// The version data of a client. Keys that are not listed are ignored.
 #[derive(Default, Deserialize)]
 struct Proposal {
@@ -27,15 +32,28 @@ struct Proposal {
 /// The capabilities that can be answered.
 #[derive(Default, Deserialize)]
 struct Capabilities {
-    max_msg_fds: Option<IgnoredAny>,
-    max_data_xfer_size: Option<IgnoredAny>,
+    max_msg_fds: Option<Value>,
+    max_data_xfer_size: Option<Value>,
     pgsizes: Option<IgnoredAny>,
     max_dma_maps: Option<IgnoredAny>,
     #[serde(default)]
     write_multiple: bool,
 }
 
-/// Agrees to a proposal: the minor version, and the version data of the reply with its terminating NUL.
+/// What was agreed on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Agreement {
+    /// Minor version.
+    pub minor: u16,
+    /// Version data of the reply with its terminating NUL.
+    pub data: String,
+    /// Most bytes of a `DMA_READ` or `DMA_WRITE` that the client takes.
+    pub max_transfer: u64,
+    /// Most file descriptors that the client takes with one message.
+    pub max_fds: usize,
+}
+
+/// Agrees to a proposal.
 ///
 /// The reply names only capabilities that the client named, and its data is never longer than the client's,
 /// which QEMU has no room for; what does not fit is left out, most important first in.
@@ -43,14 +61,23 @@ struct Capabilities {
 /// # Errors
 /// [`Refusal::Version`] if the major version differs, [`Refusal::VersionData`] if `data` is neither empty nor
 /// NUL-terminated JSON of at most 4096 bytes.
-pub fn negotiate(major: u16, minor: u16, data: &[u8]) -> Result<(u16, String), Refusal> {
+pub fn negotiate(major: u16, minor: u16, data: &[u8]) -> Result<Agreement, Refusal> {
     if major != MAJOR {
         return Err(Refusal::Version { major, minor });
     }
-    let proposal = parse(data)?.unwrap_or_default();
+    let theirs = parse(data)?.unwrap_or_default().capabilities;
+    let number = |value: &Option<Value>| value.as_ref().and_then(Value::as_u64);
     // The lower of the two minor versions, and ours is the lowest there is.
     const { assert!(MINOR == 0) };
-    Ok((MINOR, answer(&proposal.capabilities, data.len())))
+    Ok(Agreement {
+        minor: MINOR,
+        data: answer(&theirs, data.len()),
+        // What a client that names no number takes is the specification's.
+        max_transfer: number(&theirs.max_data_xfer_size).unwrap_or(DEFAULT_TRANSFER),
+        max_fds: number(&theirs.max_msg_fds)
+            .and_then(|fds| usize::try_from(fds).ok())
+            .unwrap_or(DEFAULT_FDS),
+    })
 }
 
 fn parse(data: &[u8]) -> Result<Option<Proposal>, Refusal> {
@@ -128,7 +155,9 @@ mod tests {
 
     #[test]
     fn everything_named_is_answered_in_no_more_room() {
-        let (minor, reply) = negotiate(0, 3, QEMU.as_bytes()).unwrap();
+        let Agreement {
+            minor, data: reply, ..
+        } = negotiate(0, 3, QEMU.as_bytes()).unwrap();
         assert_eq!(minor, 0);
         assert!(reply.len() <= QEMU.len());
         let json: serde_json::Value = serde_json::from_str(reply.trim_end_matches('\0')).unwrap();
@@ -153,7 +182,7 @@ mod tests {
             let named: Vec<_> = (0..4).filter(|bit| n & (1 << bit) != 0).collect();
             let body: Vec<_> = named.iter().map(|i| format!("\"{}\":1", all[*i])).collect();
             let data = format!("{{\"capabilities\":{{{}}}}}\0", body.join(","));
-            let (_, reply) = negotiate(0, 0, data.as_bytes()).unwrap();
+            let reply = negotiate(0, 0, data.as_bytes()).unwrap().data;
             assert!(reply.len() <= data.len(), "{data} -> {reply}");
             assert!(reply.ends_with('\0'));
             let json = reply.trim_end_matches('\0');
@@ -163,9 +192,22 @@ mod tests {
 
     #[test]
     fn empty_proposals_are_fine() {
-        assert_eq!(negotiate(0, 0, b"").unwrap().1, "");
-        assert_eq!(negotiate(0, 0, b"\0").unwrap().1, "");
-        assert_eq!(negotiate(0, 0, b"{}\0").unwrap().1, "{}\0");
+        assert_eq!(negotiate(0, 0, b"").unwrap().data, "");
+        assert_eq!(negotiate(0, 0, b"\0").unwrap().data, "");
+        assert_eq!(negotiate(0, 0, b"{}\0").unwrap().data, "{}\0");
+    }
+
+    #[test]
+    fn limits_are_the_clients_or_the_specifications() {
+        let limits = |data: &str| {
+            let agreed = negotiate(0, 0, format!("{data}\0").as_bytes()).unwrap();
+            (agreed.max_transfer, agreed.max_fds)
+        };
+        assert_eq!(limits("{}"), (1 << 20, 1));
+        let named = r#"{"capabilities":{"max_data_xfer_size":4096,"max_msg_fds":8}}"#;
+        assert_eq!(limits(named), (4096, 8));
+        let odd = r#"{"capabilities":{"max_data_xfer_size":"x","max_msg_fds":-1}}"#;
+        assert_eq!(limits(odd), (1 << 20, 1));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use numagpu_devices::bus::{HbmStore, PciFunction};
@@ -58,11 +59,14 @@ fn serve(size: u64) -> Served {
         pxm: None,
         store: Arc::new(part),
     });
+    let page = HbmBacking::memfd("doorbells", pci::BAR_DOORBELLS_SIZE).unwrap();
+    let mut page = Arc::new(page).split(&[pci::BAR_DOORBELLS_SIZE]).unwrap();
     let config = GpuConfig {
         aperture: Some(ApertureConfig {
             size,
             coherent: true,
         }),
+        doorbells: page.pop().map(|page| Arc::new(page) as _),
         boot_delay: Duration::ZERO,
         ..GpuConfig::new(0, partitions.collect())
     };
@@ -101,6 +105,8 @@ impl Driver {
         self.write(7, 4, &[6, 0]);
         self.set(boot::BASE, &boot::CONTROL, 1);
         for part in 0..2 {
+            // On a busy host what the last client left is still scrubbed.
+            self.wait_free(part);
             let claimed = self.command(part, OwnerCommand::Claim);
             assert_eq!(claimed, Some(OwnerResult::Ok));
         }
@@ -161,12 +167,44 @@ impl Driver {
 
     /// One copy by the engine.
     fn copy(&mut self, source: u64, destination: u64, len: u64) {
+        self.begin_copy(source, destination, len);
+        self.end_copy();
+    }
+
+    /// Answers the engine's commands for memory at `base`, which are these.
+    fn serve_memory(&mut self, base: u64, memory: &mut [u8], commands: &[u16]) {
+        for command in commands {
+            let asked = self.raw.answer();
+            assert_eq!((asked.command, asked.flags), (*command, 0));
+            let long = |at: usize| u64::from_ne_bytes(asked.body[at..at + 8].try_into().unwrap());
+            let (address, count) = (long(0), usize::try_from(long(8)).unwrap());
+            let at = usize::try_from(address - base).unwrap();
+            let mut body = longs(&[address, count as u64]);
+            if *command == DMA_READ {
+                body.extend(&memory[at..at + count]);
+            } else {
+                memory[at..at + count].copy_from_slice(&asked.body[16..]);
+            }
+            let size = 16 + u32::try_from(body.len()).unwrap();
+            self.raw
+                .send(&framed(asked.id, *command, size, REPLY, &body), &[]);
+        }
+        self.end_copy();
+    }
+
+    /// Rings the doorbell for one copy.
+    fn begin_copy(&mut self, source: u64, destination: u64, len: u64) {
         let packet = sdma::copy_linear(source, destination, len);
         let words = words(&packet);
         let written = rustix::io::pwrite(&self.ram, &words, self.write_pointer);
         assert_eq!(written, Ok(words.len()));
         self.write_pointer += words.len() as u64;
-        self.write(DOORBELLS, 0, &self.write_pointer.to_le_bytes());
+        let body = region_body(0, DOORBELLS, 8, &self.write_pointer.to_le_bytes());
+        // Posted: a command of the engine's may come before a reply would.
+        self.raw.send(&framed(1, WRITE, 40, NO_REPLY, &body), &[]);
+    }
+
+    fn end_copy(&mut self) {
         let running = QueueState::Running.code();
         self.wait(|driver| driver.get32(queue::BASE, &queue::STATUS) != running);
         let state = self.get32(queue::BASE, &queue::STATUS);
@@ -238,12 +276,13 @@ fn regions_without_areas_or_with_one_of_all_need_no_capability() {
             let (answer, fds) = info(&mut raw, argsz, index);
             let flags = match (index, size) {
                 (_, 0) => 0,
-                (APERTURE, _) => 7,
+                (APERTURE | DOORBELLS, _) => 7,
                 _ => 3,
             };
             let expected = [words(&[32, flags, index, 0]), longs(&[size, 0])].concat();
             assert_eq!(answer.body, expected, "region {index}");
-            assert_eq!(fds.len(), usize::from(index == APERTURE));
+            let mapped = [APERTURE, DOORBELLS].contains(&index);
+            assert_eq!(fds.len(), usize::from(mapped));
         }
     }
 }
@@ -314,6 +353,38 @@ fn a_map_shows_what_engines_and_messages_write_and_they_what_it_does() {
 }
 
 #[test]
+fn a_store_to_the_mapped_doorbells_rings() {
+    let served = serve(8 * MIB);
+    let mut driver = Driver::new(&served);
+    let (_, mut fds) = info(&mut driver.raw, 32, DOORBELLS);
+    let file = FileOffset::new(fds.pop().unwrap().into(), 0);
+    let page = MmapRegion::<()>::from_file(file, 4096).unwrap();
+    let slot = page.as_volatile_slice();
+    for round in 1..=3_u64 {
+        let packet = words(&sdma::fence(DATA, u32::try_from(round).unwrap()));
+        let at = driver.write_pointer;
+        assert_eq!(
+            rustix::io::pwrite(&driver.ram, &packet, at),
+            Ok(packet.len())
+        );
+        driver.write_pointer += packet.len() as u64;
+        slot.store(driver.write_pointer, 0, Ordering::Release)
+            .unwrap();
+        driver.wait(|driver| driver.get(queue::BASE, &queue::PACKETS) == round);
+    }
+    // A write that comes by message rings too, and both read as zero.
+    driver.copy(BASE, BASE + PART, 64);
+    assert_eq!(slot.read_obj::<u64>(0).unwrap(), 0);
+    assert_eq!(driver.read(DOORBELLS, 0, 8), [0; 8]);
+    // The next client gets the same page, and nothing that this one left there.
+    slot.store(64_u64, 8, Ordering::Release).unwrap();
+    drop(driver);
+    let mut next = Driver::new(&served);
+    assert_eq!(slot.read_obj::<u64>(8).unwrap(), 0);
+    assert_eq!(next.get(queue::BASE, &queue::WPTR), 0);
+}
+
+#[test]
 fn the_clients_map_of_the_bar_may_come_and_go() {
     let served = serve(8 * MIB);
     let mut driver = Driver::new(&served);
@@ -332,6 +403,89 @@ fn the_clients_map_of_the_bar_may_come_and_go() {
         assert_eq!(driver.raw.errno(DMA_UNMAP, &body, &[]), 0);
     }
     driver.copy(BASE, BASE + PART, 64);
+}
+
+/// The specification knows maps without a descriptor only as memory to ask the client for (`VFIO_USER_DMA_MAP`). Here
+/// the client would read the HBM that it has mapped from this server; the server has it itself.
+#[test]
+fn a_map_of_our_own_bar_leads_to_our_own_memory() {
+    let served = serve(8 * MIB);
+    let mut driver = Driver::new(&served);
+    let pattern: Vec<u8> = (0..=250).cycle().take(0x4000).collect();
+    let written = rustix::io::pwrite(&driver.ram, &pattern, DATA - RAM);
+    assert_eq!(written, Ok(pattern.len()));
+    let mut offset = 0;
+    for bar in [0x38_0000_0000_u64, 0x3a_0000_0000] {
+        driver.write(7, 0x20, &bar.to_le_bytes());
+        let map = map_body(3, 0, bar, 2 * PART);
+        assert_eq!(driver.raw.errno(DMA_MAP, &map, &[]), 0);
+        assert_eq!(driver.raw.errno(DMA_MAP, &map, &[]), 0, "the same again");
+        let aperture = regs::Coherence::Aperture.code();
+        let coherence = driver.get32(partition::BASE, &partition::COHERENCE);
+        assert_eq!(
+            coherence, aperture,
+            "a map without a descriptor proves nothing"
+        );
+        // Into the second partition, from there into the first, and back to RAM: nobody is asked.
+        offset += 0x1230;
+        driver.copy(DATA, bar + PART + offset, 0x4000);
+        assert!(driver.read(APERTURE, PART + offset, 0x4000) == pattern);
+        driver.copy(bar + PART + offset, bar + offset, 0x4000);
+        assert!(driver.read(APERTURE, offset, 0x4000) == pattern);
+        driver.copy(bar + offset, DATA + 0x4000, 0x1000);
+        let mut seen = vec![0; 0x1000];
+        let read = rustix::io::pread(&driver.ram, &mut seen, DATA + 0x4000 - RAM);
+        assert_eq!(read, Ok(0x1000));
+        assert!(seen == pattern[..0x1000]);
+        let unmap = unmap_body(0, bar, 2 * PART);
+        assert_eq!(driver.raw.errno(DMA_UNMAP, &unmap, &[]), 0);
+    }
+}
+
+/// What lies outside the mappable part, or comes while the function decodes no memory, is not ours.
+#[test]
+fn other_maps_without_a_descriptor_are_asked_for() {
+    let bar = 0x38_0000_0000_u64;
+    let part = 2 * PART;
+    let cases = [
+        (6, bar - 0x1000, part),
+        (6, bar + 0x1000, part),
+        (6, bar, part + 0x1000),
+        (6, bar + part, 0x1000),
+        (4, bar, part),
+    ];
+    for (command, address, size) in cases {
+        let served = serve(8 * MIB);
+        let mut driver = Driver::new(&served);
+        driver.write(7, 0x20, &bar.to_le_bytes());
+        driver.write(7, 4, &[command, 0]);
+        let map = map_body(3, 0, address, size);
+        assert_eq!(driver.raw.errno(DMA_MAP, &map, &[]), 0);
+        driver.write(7, 4, &[6, 0]);
+        driver.begin_copy(address, DATA, 8);
+        let asked = driver.raw.answer();
+        assert_eq!((asked.command, asked.flags), (DMA_READ, 0));
+        assert_eq!(asked.body, longs(&[address, 8]), "{command} {address:#x}");
+    }
+}
+
+/// A ring, its data and its fences in memory that the client is asked for.
+#[test]
+fn an_engine_works_in_asked_memory() {
+    let served = serve(8 * MIB);
+    let mut driver = Driver::new(&served);
+    let far = RAM + 0x100_0000;
+    let body = map_body(3, 0, far, 0x1_0000);
+    assert_eq!(driver.raw.errno(DMA_MAP, &body, &[]), 0);
+    let mut memory: Vec<u8> = (0..=250).cycle().take(0x1_0000).collect();
+    let before = memory.clone();
+    driver.begin_copy(far + 0x10, BASE + 0x77, 0x3000);
+    driver.serve_memory(far, &mut memory, &[DMA_READ]);
+    assert!(driver.read(APERTURE, 0x77, 0x3000) == memory[0x10..0x3010]);
+    driver.begin_copy(BASE + 0x77, far + 0x8001, 0x2000);
+    driver.serve_memory(far, &mut memory, &[DMA_WRITE]);
+    assert!(memory[0x8001..0xa001] == before[0x10..0x2010]);
+    assert!(memory[..0x8001] == before[..0x8001] && memory[0xa001..] == before[0xa001..]);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use numagpu_devices::bus::{Attachment, Bar, FunctionLayout, PciFunction, ResetKind};
-use numagpu_vmm_glue::vfio_user::Server;
+use numagpu_vmm_glue::vfio_user::{Listener, SecondClient, Server};
 use tempfile::TempDir;
 
 /// Bytes of BAR 0.
@@ -26,7 +26,11 @@ pub struct State {
     pub attachment: Option<Attachment>,
     /// Whether a reset panics.
     pub broken: bool,
+    /// What the serving thread does at each write to BAR 0.
+    pub on_write: Option<OnWrite>,
 }
+
+pub type OnWrite = Arc<dyn Fn(&Attachment) + Send + Sync>;
 
 impl Probe {
     pub fn state(&self) -> MutexGuard<'_, State> {
@@ -62,7 +66,20 @@ impl Served {
 }
 
 pub fn serve() -> Served {
-    let probe = Arc::new(Probe {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = Listener::bind(dir.path().join("gpu0")).unwrap();
+    serve_on(listener, SecondClient::Refuse, dir)
+}
+
+/// A probe behind a socket of the test's own, in a directory that lasts as long.
+pub fn serve_on(listener: Listener, second: SecondClient, dir: TempDir) -> Served {
+    let probe = probe();
+    let server = Server::start(listener, Arc::clone(&probe) as _, second).unwrap();
+    Served { probe, server, dir }
+}
+
+fn probe() -> Arc<Probe> {
+    Arc::new(Probe {
         layout: FunctionLayout {
             bars: vec![Bar {
                 index: 0,
@@ -80,11 +97,9 @@ pub fn serve() -> Served {
             events: Vec::new(),
             attachment: None,
             broken: false,
+            on_write: None,
         }),
-    });
-    let dir = tempfile::tempdir().unwrap();
-    let server = Server::bind(dir.path().join("gpu0"), Arc::clone(&probe) as _).unwrap();
-    Served { probe, server, dir }
+    })
 }
 
 fn at(offset: u64, len: usize) -> std::ops::Range<usize> {
@@ -133,6 +148,11 @@ impl PciFunction for Probe {
         let mut state = self.state();
         assert!(bar == 0 && state.attachment.is_some());
         state.bar0[at(offset, data.len())].copy_from_slice(data);
+        let (hook, attachment) = (state.on_write.clone(), state.attachment.clone());
+        drop(state);
+        if let (Some(hook), Some(attachment)) = (hook, attachment) {
+            hook(&attachment);
+        }
     }
 
     fn reset(&self, kind: ResetKind) {

@@ -3,11 +3,17 @@
 #[cfg(test)]
 mod aperture;
 #[cfg(test)]
+mod asked;
+#[cfg(test)]
 mod cuts;
 #[cfg(test)]
 mod device;
 #[cfg(test)]
+mod endurance;
+#[cfg(test)]
 mod lifecycle;
+#[cfg(test)]
+mod listeners;
 #[cfg(test)]
 mod malformed;
 #[cfg(test)]

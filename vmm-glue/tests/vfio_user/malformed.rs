@@ -12,7 +12,7 @@ const EEXIST: u32 = 17;
 
 /// What has to come back.
 #[derive(Clone, Copy, Debug)]
-enum Expect {
+pub enum Expect {
     /// This error, and the connection stays in step.
     Errno(u32),
     /// This error, then the end.
@@ -25,7 +25,7 @@ enum Expect {
     Success(usize),
 }
 
-fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
+pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
     use Expect::*;
     let ones = u32::MAX;
     let region = |index, offset, count| message(READ, &region_body(offset, index, count, &[]));
@@ -77,9 +77,13 @@ fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
             Errno(ENOTSUP),
         ),
         ("DIRTY_PAGES", message(14, &[0; 8]), Errno(ENOTSUP)),
-        ("DEVICE_FEATURE", message(16, &[0; 8]), Errno(ENOTSUP)),
-        ("MIG_DATA_READ", message(17, &[0; 8]), Errno(ENOTSUP)),
-        ("MIG_DATA_WRITE", message(18, &[0; 70_000]), Errno(ENOTSUP)),
+        ("DEVICE_FEATURE", message(FEATURE, &[0; 8]), Errno(EINVAL)),
+        ("MIG_DATA_READ", message(MIG_READ, &[0; 8]), Errno(ENOTSUP)),
+        (
+            "MIG_DATA_WRITE",
+            message(MIG_WRITE, &[0; 70_000]),
+            Errno(EINVAL),
+        ),
         ("type 2", framed(1, RESET, 16, 2, &[]), Errno(EINVAL)),
         ("a reply", framed(1, READ, 16, 1, &[]), Silence),
         (
@@ -212,7 +216,7 @@ fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
         (
             "unmap with bitmap",
             message(DMA_UNMAP, &unmap_body(1, 0, 0x1000)),
-            Errno(ENOTSUP),
+            Errno(EINVAL),
         ),
         (
             "unmap all of a range",

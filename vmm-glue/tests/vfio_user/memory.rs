@@ -164,7 +164,7 @@ fn accesses_go_through_adjacent_maps_and_nowhere_else() {
     let unmapped = |address, len| DmaError::Unmapped { address, len };
     assert_eq!(refused(0xfff, 2, DmaAccess::Read), unmapped(0xfff, 2));
     assert_eq!(refused(u64::MAX, 2, DmaAccess::Read), unmapped(u64::MAX, 2));
-    assert_eq!(refused(0x3ff8, 16, DmaAccess::Read), unmapped(0x3ff8, 16));
+    assert_eq!(refused(0x4ff8, 16, DmaAccess::Read), unmapped(0x4ff8, 16));
     let read_only = DmaError::ReadOnly { address: 0x2ff8 };
     assert_eq!(refused(0x2ff8, 16, DmaAccess::Write), read_only);
     dma.access(0x1000, 0x3000, DmaAccess::Read, &mut |_| {})

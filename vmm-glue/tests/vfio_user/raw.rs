@@ -23,9 +23,15 @@ pub const IRQ_INFO: u16 = 7;
 pub const SET_IRQS: u16 = 8;
 pub const READ: u16 = 9;
 pub const WRITE: u16 = 10;
+pub const DMA_READ: u16 = 11;
+pub const DMA_WRITE: u16 = 12;
 pub const RESET: u16 = 13;
 pub const WRITE_MULTI: u16 = 15;
+pub const FEATURE: u16 = 16;
+pub const MIG_READ: u16 = 17;
+pub const MIG_WRITE: u16 = 18;
 
+pub const REPLY: u32 = 1;
 pub const NO_REPLY: u32 = 0x10;
 pub const ERROR: u32 = 0x20;
 
@@ -75,8 +81,14 @@ impl Raw {
 
     /// Connects and negotiates.
     pub fn ready(path: &Path) -> Self {
+        Self::proposing(path, PROPOSAL)
+    }
+
+    /// Connects and negotiates with version data of one's own.
+    pub fn proposing(path: &Path, proposal: &str) -> Self {
         let mut raw = Self::connect(path);
-        raw.send(&version(), &[]);
+        let body = [&[0; 4], proposal.as_bytes()].concat();
+        raw.send(&message(VERSION, &body), &[]);
         assert_eq!(raw.answer().errno, 0);
         raw
     }

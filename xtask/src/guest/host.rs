@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 const TRIES: u32 = 3;
 
 /// A host program and the Debian package that has it.
-const PACKAGES: [(&str, &str); 8] = [
+const PACKAGES: [(&str, &str); 9] = [
     ("apt-get", "apt"),
     ("apt-cache", "apt"),
     ("dpkg-deb", "dpkg"),
@@ -19,6 +19,7 @@ const PACKAGES: [(&str, &str); 8] = [
     ("cc", "gcc libc6-dev"),
     ("iasl", "acpica-tools"),
     ("lspci", "pciutils"),
+    ("kmod", "kmod"),
     ("lstopo-no-graphics", "hwloc-nox"),
 ];
 

@@ -1,4 +1,4 @@
-//! The guest's first file system: the agent as `/init`, and the modules of one kernel.
+//! The guest's first file system: the agent as `/init`, the modules of one kernel, and lspci.
 //!
 //! It is not compressed: at 2 MB (and at 7 MB) neither gzip nor zstd changed the time to `/init`
 //! under emulation by more than runs differ, and a plain one is easier to look into.
@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use cpio::newc::{Builder, trailer};
 use numagpu_vmm_glue::assets::Kernel;
 
-use super::{Workshop, host};
+use super::{Workshop, host, lspci};
 use crate::workspace::cargo;
 
 /// The agent's package and program.
@@ -21,12 +21,24 @@ const AGENT: &str = "numagpu-agent";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Mount points and `/dev`, which also holds the console that the kernel opens for `/init`.
-const DIRS: [&str; 6] = ["proc", "sys", "dev", "tmp", "run", "modules"];
+const DIRS: [&str; 10] = [
+    "proc",
+    "sys",
+    "dev",
+    "tmp",
+    "run",
+    "modules",
+    lspci::DIR,
+    "usr",
+    "lib",
+    "lib/modules",
+];
 
 /// File type and permissions of what the archive holds.
 const DIR: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 const FILE: u32 = 0o100_644;
+const LINK: u32 = 0o120_777;
 const CHARACTER_DEVICE: u32 = 0o020_600;
 
 /// The device number of `/dev/console`.
@@ -36,12 +48,22 @@ const CONSOLE: (u32, u32) = (5, 1);
 pub fn provide(shop: &Workshop, kernels: &[Kernel]) -> Result<()> {
     let agent = build_agent(shop)?;
     let init = std::fs::read(&agent).with_context(|| format!("no {}", agent.display()))?;
+    let lspci = lspci::program()?;
     for kernel in kernels {
         let dir = kernel
             .initrd
             .parent()
             .context("an initramfs is in its kernel's directory")?;
-        let image = image(&init, &dir.join("modules"), &kernel.modules)?;
+        let modules = dir.join("modules");
+        let index = lspci::module_index(&kernel.release, &modules, &kernel.modules)?;
+        let files = Files {
+            init: &init,
+            modules_dir: &modules,
+            modules: &kernel.modules,
+            release: &kernel.release,
+            others: lspci.iter().chain(&index).collect(),
+        };
+        let image = image(&files)?;
         if host::write_if_new(&kernel.initrd, &image)? {
             let size = host::megabytes(u64::try_from(image.len())?);
             host::say(format!("kernel {}: initramfs made, {size}", kernel.name));
@@ -85,8 +107,21 @@ fn build_agent(shop: &Workshop) -> Result<PathBuf> {
     Ok(agent)
 }
 
+/// What goes into an archive.
+struct Files<'a> {
+    /// The agent.
+    init: &'a [u8],
+    /// Where the modules are, and their names in the order of loading.
+    modules_dir: &'a Path,
+    modules: &'a [String],
+    /// The kernel's release.
+    release: &'a str,
+    /// Programs and their data.
+    others: Vec<&'a lspci::File>,
+}
+
 /// The archive in memory. Same input, same bytes: no times, no owners.
-fn image(init: &[u8], modules_dir: &Path, modules: &[String]) -> Result<Vec<u8>> {
+fn image(files: &Files<'_>) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for name in DIRS {
         archive.add(name, DIR, &[])?;
@@ -94,10 +129,15 @@ fn image(init: &[u8], modules_dir: &Path, modules: &[String]) -> Result<Vec<u8>>
     archive.device = CONSOLE;
     archive.add("dev/console", CHARACTER_DEVICE, &[])?;
     archive.device = (0, 0);
-    archive.add("init", PROGRAM, init)?;
+    archive.add("init", PROGRAM, files.init)?;
+    archive.add("usr/lib", LINK, b"../lib")?;
+    archive.add(&format!("lib/modules/{}", files.release), DIR, &[])?;
+    for file in &files.others {
+        archive.add(&file.path, PROGRAM, &file.content)?;
+    }
     let mut list = String::new();
-    for module in modules {
-        let path = modules_dir.join(module);
+    for module in files.modules {
+        let path = files.modules_dir.join(module);
         let content =
             std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         archive.add(&format!("modules/{module}"), FILE, &content)?;
@@ -144,8 +184,19 @@ mod tests {
             std::fs::write(dir.path().join(name), name).unwrap();
         }
         let modules = ["b.ko".to_owned(), "a.ko".to_owned()];
-        let first = image(b"init program", dir.path(), &modules).unwrap();
-        assert_eq!(first, image(b"init program", dir.path(), &modules).unwrap());
+        let program = lspci::File {
+            path: "lspci/lspci".to_owned(),
+            content: b"program".to_vec(),
+        };
+        let files = Files {
+            init: b"init program",
+            modules_dir: dir.path(),
+            modules: &modules,
+            release: "6.12",
+            others: vec![&program],
+        };
+        let first = image(&files).unwrap();
+        assert_eq!(first, image(&files).unwrap());
 
         let mut rest = first.as_slice();
         let (mut names, mut list) = (Vec::new(), String::new());
@@ -166,6 +217,8 @@ mod tests {
             names.iter().position(|n| n == "modules")
                 < names.iter().position(|n| n == "modules/b.ko")
         );
-        assert!(names.contains(&"init".to_owned()) && names.contains(&"dev/console".to_owned()));
+        for name in ["init", "dev/console", "lspci/lspci", "lib/modules/6.12"] {
+            assert!(names.contains(&name.to_owned()), "{name} in {names:?}");
+        }
     }
 }

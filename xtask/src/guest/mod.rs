@@ -5,7 +5,7 @@
 //! | [`qemu`] | the machine's own QEMU if it will do, else Debian's, unpacked and run by its own loader |
 //! | [`firmware`] | OVMF that knows soft-reserved memory |
 //! | [`kernel`] | Debian kernels, with the modules the agent loads |
-//! | [`initramfs`] | the guest agent as `/init`, and a kernel's modules |
+//! | [`initramfs`] | the guest agent as `/init`, a kernel's modules, and the host's lspci |
 //!
 //! Each finished directory carries a stamp and is kept until `--update`; whatever an interrupted
 //! run left is under a temporary name or in `cache`, and is continued or made again. Nothing else
@@ -17,6 +17,7 @@ mod firmware;
 pub mod host;
 mod initramfs;
 mod kernel;
+mod lspci;
 mod modules;
 mod progress;
 mod qemu;

@@ -29,7 +29,7 @@ impl Listener<'_> {
     }
 
     /// Clears cause and message, and asks for the next.
-    fn arm(&self) -> Outcome {
+    pub(super) fn arm(&self) -> Outcome {
         self.drive.buffer.write32(self.slot(), 0);
         let all = u64::from(u32::MAX);
         self.device.write(regs::irq::BASE, regs::irq::STATUS, all);
@@ -41,11 +41,13 @@ impl Listener<'_> {
         Ok(())
     }
 
-    fn pending(&self) -> bool {
+    /// Whether the cause is there.
+    pub(super) fn pending(&self) -> bool {
         self.device.read32(regs::irq::BASE, regs::irq::STATUS) & self.bits != 0
     }
 
-    fn arrived(&self) -> bool {
+    /// Whether the message is.
+    pub(super) fn arrived(&self) -> bool {
         self.drive.buffer.read32(self.slot()) == self.data
     }
 

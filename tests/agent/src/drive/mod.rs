@@ -2,6 +2,7 @@
 
 mod blocks;
 mod copies;
+mod faults;
 mod interrupts;
 mod memory_errors;
 mod modes;
@@ -97,6 +98,9 @@ impl Drive {
             .into_iter()
             .map(|device| Gpu::new(device, dax))
             .collect();
+        for gpu in &mut gpus {
+            gpu.seen.lspci = probe::lspci(&gpu.seen.bdf, problems);
+        }
         gpus.sort_by_key(|gpu| gpu.seen.index);
         Ok(Drive {
             gpus,

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use numagpu_topology::linux::BootPath;
@@ -203,14 +204,71 @@ pub struct PlanArgs {
     pub output: Option<PathBuf>,
 }
 
+/// What a running server gives up.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Sandbox {
+    /// All that it does not need: system calls (seccomp), files and network (landlock), capabilities
+    On,
+    /// Nothing, but the kernel logs each system call that would be refused
+    Log,
+    /// Nothing
+    Off,
+}
+
+/// What becomes of a client that comes while another is served.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum SecondClient {
+    /// Its connection is closed at once
+    Refuse,
+    /// It waits until the other has gone
+    Queue,
+}
+
+/// What becomes of HBM when a client goes.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum OnDisconnect {
+    /// It is cleared: the next client finds zeros
+    Scrub,
+    /// It stays: the next client, whoever that is, reads what this one left, claimed or not
+    Keep,
+}
+
+/// A socket that `serve` was started with.
+#[derive(Clone)]
+pub struct Handed {
+    /// Id of the GPU; with one GPU it may be left out.
+    pub gpu: Option<String>,
+    /// Number of the descriptor.
+    pub fd: i32,
+}
+
+impl FromStr for Handed {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Handed, String> {
+        let (gpu, number) = match text.rsplit_once('=') {
+            Some((gpu, number)) => (Some(gpu.to_owned()), number),
+            None => (None, text),
+        };
+        match number.parse() {
+            Ok(fd @ 3..) => Ok(Handed { gpu, fd }),
+            Ok(fd) => Err(format!(
+                "descriptor {fd} is below 3, the first that can be handed over"
+            )),
+            Err(error) => Err(format!("{number:?} is no number of a descriptor: {error}")),
+        }
+    }
+}
+
 /// Arguments of `serve`.
 #[derive(clap::Args)]
 pub struct ServeArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
-    /// Existing directory for one socket per GPU, named as in `plan --format qemu`.
+    /// Existing directory for one socket per GPU, named as in `plan --format qemu`, and the control socket. Without it,
+    /// each GPU's socket has to be handed over by a service manager (LISTEN_FDS) or --fd.
     #[arg(long, value_name = "DIR")]
-    pub socket_dir: PathBuf,
+    pub socket_dir: Option<PathBuf>,
     /// Existing directory for HBM files; without it, HBM is memory without a file, and the socket directory gets links
     /// by which the VMM opens it.
     #[arg(long, value_name = "DIR")]
@@ -218,6 +276,19 @@ pub struct ServeArgs {
     /// TOML file of faults that come by themselves.
     #[arg(long, value_name = "FILE")]
     pub scenario: Option<PathBuf>,
+    /// UNIX stream socket that this process was started with, and the id of the GPU that is served there: one that
+    /// listens, or one that is connected to the only client. Once for each such GPU; with one GPU its id may be left out.
+    #[arg(long = "fd", value_name = "[GPU=]N")]
+    pub handed: Vec<Handed>,
+    /// What is given up once all sockets and files are open.
+    #[arg(long, value_enum, value_name = "MODE", default_value = "on")]
+    pub sandbox: Sandbox,
+    /// What becomes of a client that comes while another is served.
+    #[arg(long, value_enum, value_name = "POLICY", default_value = "refuse")]
+    pub second_client: SecondClient,
+    /// What becomes of HBM when a client goes, or is killed. It has no owner then in either case.
+    #[arg(long, value_enum, value_name = "POLICY", default_value = "scrub")]
+    pub hbm_on_disconnect: OnDisconnect,
 }
 
 /// Arguments of `run`.

@@ -128,6 +128,10 @@ fn text(status: &Status) -> String {
         status.pid,
         seconds(status.up_ms)
     );
+    if !status.sandbox.is_empty() {
+        // Writing into text does not fail.
+        let _ = writeln!(out, "sandbox {}", plain(&status.sandbox));
+    }
     for gpu in &status.gpus {
         out.push('\n');
         gpu_text(&mut out, gpu);

@@ -3,6 +3,7 @@
 mod args;
 mod boot;
 mod control;
+mod handed;
 mod machine;
 mod selftest;
 mod serve;

@@ -1,0 +1,287 @@
+//! A map: what a client may ask for, and where its memory is.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use numagpu_devices::bus::{BackingId, DmaAccess, DmaError};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::io::Errno;
+use thiserror::Error;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+use super::super::MAX_DMA_MAPS;
+use super::super::client::{Client, Remote};
+use super::super::wire::DmaMap;
+use super::{READABLE, WRITABLE};
+
+/// Why a map or unmap is refused.
+#[derive(Debug, Error)]
+pub enum MapError {
+    /// Of size 0.
+    #[error("a map of 0 bytes at {address:#x}")]
+    Empty {
+        /// First address.
+        address: u64,
+    },
+    /// Past the last address or the last file offset.
+    #[error("{address:#x}..+{size:#x} at file offset {offset:#x} goes past the end of 64 bits")]
+    Wraps {
+        /// First address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+        /// Offset in the file.
+        offset: u64,
+    },
+    /// Flags that are not known, or that allow no access.
+    #[error("flags {0:#x}; 1 is readable, 2 is writable, 3 both")]
+    Flags(u32),
+    /// Over another map.
+    #[error("{address:#x}..+{size:#x} overlaps the map at {other:#x}..+{other_size:#x}")]
+    Overlap {
+        /// First address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+        /// First address of the map that is there.
+        other: u64,
+        /// Its bytes.
+        other_size: u64,
+    },
+    /// Too many maps.
+    #[error("{MAX_DMA_MAPS} maps exist already")]
+    TooMany,
+    /// Not a file that stays as long as it says.
+    #[error("the file descriptor is no regular file")]
+    NotAFile,
+    /// A file that ends inside the map.
+    #[error("the file has {len:#x} bytes; {size:#x} from {offset:#x} are to be mapped")]
+    ShortFile {
+        /// Bytes of the file.
+        len: u64,
+        /// Offset in the file.
+        offset: u64,
+        /// Bytes to map.
+        size: u64,
+    },
+    /// No map with just this range.
+    #[error("no map is exactly {address:#x}..+{size:#x}")]
+    NotMapped {
+        /// First address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// Flags of an unmap that are not known, or do not go together or with its range.
+    #[error("unmap of {address:#x}..+{size:#x} with flags {flags:#x}")]
+    UnmapFlags {
+        /// Flags.
+        flags: u32,
+        /// First address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// The host refused.
+    #[error("mapping {size:#x} bytes from file offset {offset:#x}: {errno}")]
+    Host {
+        /// Offset in the file.
+        offset: u64,
+        /// Bytes to map.
+        size: u64,
+        /// The host's error.
+        errno: Errno,
+    },
+}
+
+impl MapError {
+    /// The error number for the client.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Overlap { .. } => Errno::EXIST,
+            Self::TooMany => Errno::NOSPC,
+            Self::NotMapped { .. } => Errno::NOENT,
+            Self::Host { errno, .. } => *errno,
+            _ => Errno::INVAL,
+        }
+    }
+}
+
+/// One map. Its memory is unmapped when the last user drops it.
+#[derive(Debug)]
+pub(super) struct Map {
+    pub(super) address: u64,
+    pub(super) size: u64,
+    pub(super) flags: u32,
+    pub(super) offset: u64,
+    pub(super) backing: Backing,
+}
+
+/// Where a map's memory is.
+#[derive(Debug)]
+pub(super) enum Backing {
+    /// In a file of the client's.
+    File(BackingId, MmapRegion),
+    /// In a BAR of the function itself, which the client maps into its guest and shows back.
+    Own(MmapRegion),
+    /// With the client, who has to be asked for it.
+    Client(Remote),
+}
+
+impl Map {
+    /// The last address; sizes are never 0.
+    pub(super) fn last(&self) -> u64 {
+        self.address + (self.size - 1)
+    }
+
+    pub(super) fn contains(&self, address: u64) -> bool {
+        (self.address..=self.last()).contains(&address)
+    }
+
+    pub(super) fn writable(&self) -> bool {
+        self.flags & WRITABLE != 0
+    }
+
+    /// The file that the client gave.
+    pub(super) fn file(&self) -> Option<BackingId> {
+        match &self.backing {
+            Backing::File(id, _) => Some(*id),
+            Backing::Own(_) | Backing::Client(_) => None,
+        }
+    }
+
+    /// Whether a request describes this very map.
+    pub(super) fn is(&self, request: &DmaMap, id: Option<BackingId>) -> bool {
+        (
+            self.address,
+            self.size,
+            self.flags,
+            self.offset,
+            self.file(),
+        ) == (
+            request.address,
+            request.size,
+            request.flags,
+            request.offset,
+            id,
+        )
+    }
+
+    /// Whether the map's memory can be reached that way.
+    pub(super) fn check(
+        &self,
+        client: Option<&Client>,
+        address: u64,
+        len: u64,
+        access: DmaAccess,
+    ) -> Result<(), DmaError> {
+        let unmapped = DmaError::Unmapped { address, len };
+        if access.writes() && !self.writable() {
+            return Err(DmaError::ReadOnly { address });
+        }
+        if access.reads() && self.flags & READABLE == 0 {
+            return Err(unmapped);
+        }
+        match &self.backing {
+            Backing::File(..) | Backing::Own(_) => Ok(()),
+            Backing::Client(remote) => {
+                let able = client.ok_or(unmapped)?.check(remote);
+                able.map_err(|_| DmaError::Failed { address })
+            }
+        }
+    }
+
+    /// `len` bytes from `address`, both inside the map; none if the client has to be asked for them.
+    pub(super) fn slice(&self, address: u64, len: u64) -> Option<VolatileSlice<'_>> {
+        let region = match &self.backing {
+            Backing::File(_, region) | Backing::Own(region) => region,
+            Backing::Client(_) => return None,
+        };
+        let offset = usize::try_from(address.checked_sub(self.address)?).ok()?;
+        region.get_slice(offset, usize::try_from(len).ok()?).ok()
+    }
+}
+
+/// One file may back many maps: its descriptor is kept once per way it was opened.
+pub(super) type FileKey = (BackingId, OFlags);
+
+/// Checks the numbers of a map; its last address.
+pub(super) fn check(request: &DmaMap) -> Result<u64, MapError> {
+    let DmaMap {
+        flags,
+        offset,
+        address,
+        size,
+    } = *request;
+    if flags == 0 || flags & !(READABLE | WRITABLE) != 0 {
+        return Err(MapError::Flags(flags));
+    }
+    if size == 0 {
+        return Err(MapError::Empty { address });
+    }
+    // The end of a file is a signed 64-bit number.
+    let file_end = offset.checked_add(size).map(i64::try_from);
+    match (address.checked_add(size - 1), file_end) {
+        (Some(last), Some(Ok(_))) => Ok(last),
+        _ => Err(MapError::Wraps {
+            address,
+            size,
+            offset,
+        }),
+    }
+}
+
+/// Checks that a map can never reach past the end of `fd`'s file as it is now.
+pub(super) fn open(request: &DmaMap, fd: OwnedFd) -> Result<(FileKey, File), MapError> {
+    let host = |errno| MapError::Host {
+        offset: request.offset,
+        size: request.size,
+        errno,
+    };
+    let stat = fstat(fd.as_fd()).map_err(host)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(MapError::NotAFile);
+    }
+    let len = u64::try_from(stat.st_size).unwrap_or(0);
+    if request.offset + request.size > len {
+        return Err(MapError::ShortFile {
+            len,
+            offset: request.offset,
+            size: request.size,
+        });
+    }
+    let mode = fcntl_getfl(fd.as_fd()).map_err(host)? & OFlags::RWMODE;
+    let id = BackingId {
+        device: stat.st_dev,
+        inode: stat.st_ino,
+    };
+    Ok(((id, mode), File::from(fd)))
+}
+
+/// Maps a range of a file that was checked to be long enough.
+pub(super) fn memory(request: &DmaMap, file: Arc<File>) -> Result<MmapRegion, MapError> {
+    let host = |errno| MapError::Host {
+        offset: request.offset,
+        size: request.size,
+        errno,
+    };
+    let size = usize::try_from(request.size).map_err(|_| host(Errno::NOMEM))?;
+    let prot = match request.flags & WRITABLE {
+        0 => libc::PROT_READ,
+        _ => libc::PROT_READ | libc::PROT_WRITE,
+    };
+    MmapRegionBuilder::new(size)
+        .with_mmap_prot(prot)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .with_file_offset(FileOffset::from_arc(file, request.offset))
+        .build()
+        .map_err(|error| match error {
+            vm_memory::mmap::MmapRegionError::Mmap(error) => {
+                host(Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))
+            }
+            _ => host(Errno::INVAL),
+        })
+}
