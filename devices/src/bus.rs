@@ -45,6 +45,20 @@ pub struct Kick {
     pub offset: u64,
 }
 
+/// A part of a BAR whose writes may come as events: who serves the guest's accesses can tell its kernel to signal the
+/// descriptor (`KVM_IOEVENTFD`) and send nothing. What was written is then not known.
+#[derive(Clone, Copy, Debug)]
+pub struct IoFd<'f> {
+    /// First byte in the BAR.
+    pub offset: u64,
+    /// Bytes of a write; 0 for any.
+    pub size: u64,
+    /// Which value is meant; none for any.
+    pub datamatch: Option<u64>,
+    /// An event descriptor, which several parts may share.
+    pub event: BorrowedFd<'f>,
+}
+
 /// What a transport has to know of a function before it serves it. Constant for the function's life.
 #[derive(Clone, Debug)]
 pub struct FunctionLayout {
@@ -134,11 +148,11 @@ pub struct BackingId {
 pub enum Mapped {
     /// Nothing.
     Nothing,
-    /// Only a part of the range, or parts of several maps.
+    /// Only a part of the range, or parts of several maps that are not as one.
     Partial,
     /// All of it, but without a file descriptor.
     NoFd,
-    /// All of it, by one file.
+    /// All of it, by one file, the bytes in their order.
     File {
         /// Which file.
         id: BackingId,
@@ -229,8 +243,57 @@ pub trait PciFunction: Send + Sync {
     fn kicks(&self) -> &[Kick] {
         &[]
     }
+    /// Parts of a BAR whose writes may come as events. The same for the function's life.
+    fn io_fds(&self, _bar: u8) -> Vec<IoFd<'_>> {
+        Vec::new()
+    }
+    /// The way to carry the function's state elsewhere; none if it cannot be.
+    fn migrate(&self) -> Option<&dyn Migrate> {
+        None
+    }
     /// Resets the function. HBM that drivers owned is scrubbed and free afterwards.
     fn reset(&self, kind: ResetKind);
+}
+
+/// Why a function's state is not carried.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum MigrateError {
+    /// It did not come to rest in time; it goes on as before.
+    #[error("the device did not stop: {0}")]
+    Busy(String),
+    /// It is in use; it has to be as after power-on or a reset to take another one's state.
+    #[error("the device is in use: {0}")]
+    InUse(String),
+    /// What was given is no state of such a function.
+    #[error("no state of this device: {0}")]
+    Bad(String),
+}
+
+/// A function whose state another function of the same configuration can take, in another process too.
+///
+/// The state is all but memory: guest memory and the contents of HBM are carried by whoever carries the machine.
+pub trait Migrate {
+    /// Comes to rest: work stops where it can go on elsewhere. Accesses are still answered, and resets and detaches
+    /// work. Each success is followed by one [`Migrate::run`].
+    ///
+    /// # Errors
+    /// [`MigrateError::Busy`].
+    fn stop(&self) -> Result<(), MigrateError>;
+
+    /// Goes on.
+    fn run(&self);
+
+    /// The state, while at rest: the same at every call if nobody accesses the function.
+    ///
+    /// # Errors
+    /// [`MigrateError`].
+    fn save(&self) -> Result<Vec<u8>, MigrateError>;
+
+    /// Becomes the function whose state it is, while at rest. Memory has to be mapped and its contents there already.
+    ///
+    /// # Errors
+    /// [`MigrateError`]; the function is then as before.
+    fn load(&self, state: &[u8]) -> Result<(), MigrateError>;
 }
 
 /// The memory of one HBM partition.

@@ -11,7 +11,7 @@
 //! | [`Injection::LostInterrupt`] | the bit in `IRQ.STATUS` is set, no message comes, `IRQ.RAISED` stands still | poll `IRQ.STATUS` |
 //! | [`Injection::SpuriousInterrupt`] | a message, and no new bit in `IRQ.STATUS` | ignore it |
 //! | [`Injection::LinkLoss`], [`Injection::LinkFlap`] | `LINK.STATE` Down, `ERRORS` counts, IRQ bit LINK at both ends; copies that need it stop with `LinkDown` | queue reset when `LINK.STATE` is Up |
-//! | [`Injection::LinkWidth`] | `LINK.STATE` Degraded, `WIDTH_NOW` and `BANDWIDTH_NOW_MBS` less, IRQ bit LINK | slower, not wrong |
+//! | [`Injection::LinkWidth`] | `LINK.STATE` Degraded, `WIDTH_NOW` and `BANDWIDTH_NOW_MBS` less, `ERRORS` counts, IRQ bit LINK | slower, not wrong |
 //! | [`Injection::BootFailure`] | the next boot ends in `Fault`, `BOOT.FAULT` has the code | function-level reset, boot again |
 //! | [`Injection::BootTimeout`] | the next boot stays `Booting` | function-level reset, boot again |
 //! | [`Injection::StuckReset`] | after the next reset all reads give ones for that long | wait, as Linux' `pci_dev_wait` does |

@@ -158,6 +158,13 @@ fn tries<'a>(directory: &'a Path, precious: &'a Path) -> Vec<Try<'a>> {
             }),
         ),
         (
+            "signals of an output to another process",
+            Box::new(move || {
+                // SAFETY: it takes two numbers; the output is not asked for signals.
+                fails(unsafe { libc::fcntl(1, libc::F_SETOWN, libc::getpid()) }.into())
+            }),
+        ),
+        (
             "new name space",
             Box::new(move || {
                 // SAFETY: it takes no memory; a file name space of its own changes nothing for this thread.

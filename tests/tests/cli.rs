@@ -307,7 +307,7 @@ fn wrong_usage_exits_with_2() {
         &["run"][..],
         &["run", "two-gpu", "--accel", "magic"],
         &["plan", "two-gpu", "--format", "poem"],
-        &["serve", "two-gpu"],
+        &["serve", "two-gpu", "--fd", "gpu0=two"],
         &["dance"],
         &[],
     ] {
@@ -320,6 +320,9 @@ fn wrong_usage_exits_with_2() {
         );
         assert_eq!(ended.stdout, "");
     }
+    let ended = corner.command(&["serve", "two-gpu"]);
+    let told = "2 of 2 GPU(s) without a socket: gpu0, gpu1; give --socket-dir DIR";
+    check_failure(&corner, &ended, 2, &[told]);
     let own = numagpu();
     let own = own.to_string_lossy();
     let ended = corner.command(&["run", "two-gpu", "--verify", "--kernel", &own]);

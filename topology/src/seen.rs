@@ -76,6 +76,8 @@ pub struct Report {
     pub dax: Vec<DaxSeen>,
     /// GPUs, by position in the machine.
     pub gpus: Vec<GpuSeen>,
+    /// What functions did that the guest passed on by VFIO, if it was told to: [`steps::passthrough`].
+    pub passthrough: Vec<Step>,
     /// What the agent could not do or did not expect.
     pub problems: Vec<String>,
 }
@@ -363,6 +365,40 @@ pub mod steps {
             STUCK_RESET,
             REMOVAL,
             RETURN,
+        ];
+    }
+
+    /// What functions do that the guest passes on by VFIO, behind an IOMMU of its own.
+    pub mod passthrough {
+        /// QEMU's `edu` device opened, and HBM mapped for it.
+        pub const EDU_MAP: &str = "edu: HBM in the container";
+        /// HBM to HBM through the device's buffer.
+        pub const EDU_DMA: &str = "edu: DMA from HBM to HBM";
+        /// An address that is taken.
+        pub const EDU_TAKEN: &str = "edu: address taken";
+        /// DMA to what was unmapped.
+        pub const EDU_UNMAPPED: &str = "edu: unmapped HBM out of reach";
+        /// DMA to what was mapped again.
+        pub const EDU_AGAIN: &str = "edu: HBM mapped again";
+        /// A GPU opened and booted, with nothing mapped.
+        pub const GPU_OPEN: &str = "GPU: boot without HBM";
+        /// HBM and RAM in its address space.
+        pub const GPU_MAP: &str = "GPU: HBM and RAM in the container";
+        /// Copies by addresses of the IOMMU.
+        pub const GPU_COPY: &str = "GPU: copy by IOVA";
+        /// A fence to RAM that was unmapped.
+        pub const GPU_UNMAPPED: &str = "GPU: unmapped RAM out of reach";
+        /// All of them, in order.
+        pub const ALL: &[&str] = &[
+            EDU_MAP,
+            EDU_DMA,
+            EDU_TAKEN,
+            EDU_UNMAPPED,
+            EDU_AGAIN,
+            GPU_OPEN,
+            GPU_MAP,
+            GPU_COPY,
+            GPU_UNMAPPED,
         ];
     }
 }

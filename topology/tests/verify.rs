@@ -98,6 +98,7 @@ fn perfect(plan: &Plan) -> Report {
         acpi_tables: vec!["SRAT".to_owned(), "SLIT".to_owned()],
         dax: dax.collect(),
         gpus: plan.gpus.iter().map(|gpu| seen(plan, gpu)).collect(),
+        passthrough: Vec::new(),
         problems: Vec::new(),
     }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::{Kvm, VmFd};
 use numagpu_devices::bus::PciFunction;
+use numagpu_devices::ownership::OnDisconnect;
 use numagpu_topology::{MachineError, Plan, parse, plan, preset};
 use numagpu_vmm_glue::hbm::HbmBacking;
 use numagpu_vmm_glue::instance::Gpus;
@@ -76,7 +77,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let plan = planned(name.as_deref().unwrap_or("two-gpu"))?;
     let vm = Arc::new(Kvm::new()?.create_vm()?);
     vm.create_irq_chip()?;
-    let gpus = Gpus::new(&plan, None)?;
+    let gpus = Gpus::new(&plan, None, OnDisconnect::Scrub)?;
     let (memory, slots) = memory(&vm, 0, &plan, &gpus)?;
     let bridge = HostBridge::new(numagpu_vmm_glue::kvm::Windows {
         ecam: 0xe000_0000,

@@ -25,7 +25,9 @@ use crate::control::{self, Control, Desk};
 use crate::hbm::{HbmBacking, HbmError};
 use crate::sandbox::Sandbox;
 use crate::scenario::{Runner, Scenario};
-use crate::vfio_user::{Listener, SecondClient, Server, ServerError, Stopper};
+use crate::vfio_user::{
+    Limits, Listener, Policy, Polling, SecondClient, Server, ServerError, Stopper,
+};
 
 /// Why a machine's GPUs cannot be served.
 #[derive(Debug, Error)]
@@ -200,16 +202,12 @@ impl Exposed {
 }
 
 impl Gpus {
-    /// Makes the HBM of all GPUs as the plan's backing says, or in `hbm_dir` if that is given, and the GPUs. None of them has
-    /// a thread before it is attached.
+    /// Makes the HBM of all GPUs as the plan's backing says, or in `hbm_dir` if that is given, and the GPUs. None of them
+    /// has a thread before it is attached.
     ///
     /// # Errors
     /// [`InstanceError`]; nothing is left behind then.
-    pub fn new(plan: &Plan, hbm_dir: Option<&Path>) -> Result<Gpus, InstanceError> {
-        Gpus::make(plan, hbm_dir, OnDisconnect::default())
-    }
-
-    fn make(
+    pub fn new(
         plan: &Plan,
         hbm_dir: Option<&Path>,
         on_disconnect: OnDisconnect,
@@ -313,6 +311,8 @@ pub struct Serving<'a> {
     pub second_client: SecondClient,
     /// What becomes of HBM when a client goes.
     pub on_disconnect: OnDisconnect,
+    /// Whether sessions look for messages before they sleep.
+    pub polling: Polling,
 }
 
 /// GPUs with their HBM and sockets, all open; nobody is served yet, and no thread runs.
@@ -320,7 +320,7 @@ pub struct Prepared<'a> {
     instance: Instance,
     plan: &'a Plan,
     scenario: Option<&'a Scenario>,
-    second_client: SecondClient,
+    policy: Policy,
     listeners: Vec<Listener>,
     control: Listener,
 }
@@ -342,7 +342,7 @@ impl<'a> Prepared<'a> {
             control: None,
             runner: None,
             servers: Vec::new(),
-            gpus: Gpus::make(plan, serving.hbm_dir, serving.on_disconnect)?,
+            gpus: Gpus::new(plan, serving.hbm_dir, serving.on_disconnect)?,
         };
         let mut listeners = Vec::new();
         for (index, gpu) in plan.gpus.iter().enumerate() {
@@ -355,7 +355,11 @@ impl<'a> Prepared<'a> {
             instance,
             plan,
             scenario,
-            second_client: serving.second_client,
+            policy: Policy {
+                second_client: serving.second_client,
+                polling: serving.polling,
+                limits: Limits::default(),
+            },
             listeners,
             control: Listener::bind(socket_dir.join(control::SOCKET))?,
         })
@@ -376,13 +380,13 @@ impl<'a> Prepared<'a> {
             mut instance,
             plan,
             scenario,
-            second_client,
+            policy,
             listeners,
             control,
         } = self;
-        for (model, listener) in instance.gpus.gpus.iter().zip(listeners) {
+        for (model, listener) in instance.gpus.gpus().iter().zip(listeners) {
             let function: Arc<dyn numagpu_devices::bus::PciFunction> = Arc::<Gpu>::clone(model);
-            let server = Server::start(listener, function, second_client)?;
+            let server = Server::start(listener, function, policy)?;
             instance.servers.push(server);
         }
         instance.take_orders(plan, control, scenario, sandbox)?;
@@ -420,7 +424,7 @@ impl Instance {
         sandbox: &Sandbox,
     ) -> Result<(), InstanceError> {
         let names = plan.gpus.iter().map(|gpu| gpu.id.clone());
-        let gpus = names.zip(self.gpus.gpus.iter().map(Arc::clone));
+        let gpus = names.zip(self.gpus.gpus().iter().map(Arc::clone));
         let desk = Desk::new(&plan.name, gpus.collect()).in_sandbox(sandbox);
         let desk = Arc::new(desk);
         if let Some(scenario) = scenario {
@@ -451,7 +455,7 @@ impl Instance {
 
     /// What each GPU says of itself.
     pub fn status(&self) -> Vec<GpuStatus> {
-        self.gpus.gpus.iter().map(|gpu| gpu.status()).collect()
+        self.gpus.gpus().iter().map(|gpu| gpu.status()).collect()
     }
 
     /// Names and descriptors of all HBM that has no file name, in order of GPUs and partitions.

@@ -15,6 +15,7 @@
 //! | [`run_dir`] | a private directory for a run's sockets, swept after a run that was killed |
 //! | [`sandbox`] | what a serving process gives up once all is open |
 //! | [`service`] | sockets from a service manager, and telling it that all is ready |
+//! | [`vfio`] | HBM for devices that are passed through |
 //! | [`sys`] | the system calls that need `unsafe` |
 
 pub mod assets;
@@ -31,4 +32,5 @@ pub mod scenario;
 pub mod selftest;
 pub mod service;
 pub mod sys;
+pub mod vfio;
 pub mod vfio_user;

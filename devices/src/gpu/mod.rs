@@ -9,6 +9,7 @@
 //! it. Register reads take no lock at all.
 
 mod lifecycle;
+mod migrate;
 mod pages;
 mod read;
 mod state;
@@ -24,7 +25,7 @@ use self::pages::{DoorbellPage, MsixPage};
 pub use self::state::Pause;
 use crate::aperture::Aperture;
 use crate::boot::Boot;
-use crate::bus::{Attachment, FunctionLayout, Kick, PciFunction, ResetKind};
+use crate::bus::{Attachment, FunctionLayout, Kick, Migrate, PciFunction, ResetKind};
 use crate::clock::{Clock as _, MovedClock};
 use crate::config::{GpuConfig, GpuError};
 use crate::config_space::{CONFIG_SIZE, Capabilities, ConfigSpace, MsixPlace};
@@ -511,6 +512,10 @@ impl PciFunction for Gpu {
 
     fn kicks(&self) -> &[Kick] {
         &self.kicks
+    }
+
+    fn migrate(&self) -> Option<&dyn Migrate> {
+        Some(self)
     }
 
     fn reset(&self, kind: ResetKind) {

@@ -109,7 +109,7 @@ impl Gpu {
         }
     }
 
-    fn end_pause(&self) {
+    pub(super) fn end_pause(&self) {
         self.queues.iter().for_each(|queue| queue.go_on());
         let mut pauses = lock(&self.pauses);
         *pauses = pauses.saturating_sub(1);
@@ -121,7 +121,7 @@ impl Gpu {
     }
 
     /// What is there, while queues pause.
-    fn snapshot(&self) -> GpuState {
+    pub(super) fn snapshot(&self) -> GpuState {
         let _one = lock(&self.lifecycle);
         let Gpu {
             fabric: _,

@@ -249,7 +249,11 @@ fn an_unmap_in_the_midst_of_copies_is_the_end_of_them() {
     let machine = Machine::ready();
     let dma = &machine.vmms[0].dma;
     let away = 0x2000_0000;
-    for round in 0..20u32 {
+    let mut caught = 0;
+    for round in 0..400u32 {
+        if caught == 20 {
+            return;
+        }
         let ram = dma.map_ram(away, 8 << 20).unwrap();
         machine.run(&const_fill(hbm(0, 0), round + 1, 4 << 20));
         let words: Vec<u32> = (0..20)
@@ -260,21 +264,26 @@ fn an_unmap_in_the_midst_of_copies_is_the_end_of_them() {
             })
             .collect();
         machine.submit(0, 0, &words);
-        std::thread::sleep(Duration::from_micros(u64::from(round) * 50));
+        std::thread::sleep(Duration::from_micros(u64::from(round % 20) * 50));
         dma.unmap(away);
         let clear = vec![0xee; 8 << 20];
         ram.slice(0, 8 << 20)
             .unwrap()
             .write_slice(&clear, 0)
             .unwrap();
-        assert_eq!(machine.settle(0, 0), QueueState::Fault);
-        let (code, address, _) = machine.fault(0, 0);
-        assert_eq!(code, QueueFault::Unmapped);
-        assert!((away..away + (8 << 20)).contains(&address));
+        let state = machine.settle(0, 0);
         assert!(bytes(&ram, 0, 8 << 20) == clear);
+        if state == QueueState::Fault {
+            let (code, address, _) = machine.fault(0, 0);
+            assert_eq!(code, QueueFault::Unmapped);
+            assert!((away..away + (8 << 20)).contains(&address));
+            caught += 1;
+        }
+        // On a busy host all may have been done before this thread came back.
         machine.reset_queue(0, 0);
         machine.enable(0, 0, TOKEN);
     }
+    panic!("only {caught} of 400 unmaps met a copy");
 }
 
 /// A surface of 64 columns, 16 rows and 4 slices.

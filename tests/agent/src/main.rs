@@ -9,11 +9,13 @@
 //! |---|---|
 //! | `numagpu.hold` | the same, and the host looks into the HBM while it is owned |
 //! | `numagpu.faults` | the faults of a scenario, one after the other ([`drive`]) |
+//! | `numagpu.vfio` | functions passed on by VFIO, behind an IOMMU ([`passthrough`]) |
 
 mod device;
 mod drive;
 mod example;
 mod hbm;
+mod passthrough;
 mod probe;
 mod sys;
 
@@ -136,6 +138,12 @@ fn main() {
     report.dax = probe::dax(&mut report.problems);
     let command_line = probe::text("/proc/cmdline");
     let told = |program: &str| command_line.split_whitespace().any(|word| word == program);
+    if told("numagpu.vfio") {
+        host.progress("driver: functions behind the IOMMU");
+        report.passthrough = passthrough::run(&report.dax);
+        end(host, report);
+        return;
+    }
     match Drive::new(&report.dax, &mut report.problems) {
         Ok(mut drive) if told("numagpu.faults") => {
             host.progress("driver: meets the faults of the scenario");
@@ -161,6 +169,11 @@ fn main() {
         }
         Err(error) => report.problems.push(error),
     }
+    end(host, report);
+}
+
+/// Sends the report, and powers off.
+fn end(mut host: Host, mut report: Report) {
     probe::machine(&mut report);
     report.mem_total_kib.push(memory());
     host.send(&Message::Report(Box::new(report)));

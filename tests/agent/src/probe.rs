@@ -35,7 +35,7 @@ pub fn list(text: &str) -> Vec<u32> {
 }
 
 /// The kernel's log so far.
-fn kernel_log() -> String {
+pub fn kernel_log() -> String {
     let mut log = String::new();
     let Ok(fd) = rustix::fs::open(
         "/dev/kmsg",

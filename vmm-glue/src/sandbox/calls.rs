@@ -42,7 +42,6 @@ const ANY: &[i64] = &[
     libc::SYS_ppoll,
     libc::SYS_close,
     libc::SYS_eventfd2,
-    libc::SYS_fcntl,
     // Memory files: what they are, zeros in them.
     libc::SYS_fstat,
     libc::SYS_newfstatat,
@@ -100,24 +99,38 @@ const ANY_OLD: &[i64] = &[];
 /// Argument, bits of it that count, and what they have to be.
 type Condition = (u8, u64, u64);
 
-/// Calls that are allowed with some arguments only.
-fn with_arguments() -> [(i64, Condition); 6] {
+/// Calls that are allowed only with arguments that meet one of the conditions.
+fn with_arguments() -> [(i64, Vec<Condition>); 7] {
     let low = |value: i32| u64::from(value.cast_unsigned());
     let thread = low(libc::CLONE_THREAD);
     let executable = low(libc::PROT_EXEC);
     let all = u64::from(u32::MAX);
+    let looks = [
+        libc::F_GETFD,
+        libc::F_GETFL,
+        libc::F_GET_SEALS,
+        libc::F_DUPFD_CLOEXEC,
+    ];
     [
         // Threads of this process, no processes.
-        (libc::SYS_clone, (0, thread, thread)),
+        (libc::SYS_clone, vec![(0, thread, thread)]),
         // Nothing that could be executed.
-        (libc::SYS_mmap, (2, executable, 0)),
-        (libc::SYS_mprotect, (2, executable, 0)),
+        (libc::SYS_mmap, vec![(2, executable, 0)]),
+        (libc::SYS_mprotect, vec![(2, executable, 0)]),
+        // Looking at descriptors, and copies of them. Not `F_SETOWN`, which can have signals sent to others.
+        (
+            libc::SYS_fcntl,
+            looks.map(|look| (1, all, low(look))).to_vec(),
+        ),
         // Names of threads.
-        (libc::SYS_prctl, (0, all, low(libc::PR_SET_NAME))),
+        (libc::SYS_prctl, vec![(0, all, low(libc::PR_SET_NAME))]),
         // Signals to this process, which is how it aborts.
-        (libc::SYS_tgkill, (0, all, u64::from(std::process::id()))),
+        (
+            libc::SYS_tgkill,
+            vec![(0, all, u64::from(std::process::id()))],
+        ),
         // Its limits: read, not set.
-        (libc::SYS_prlimit64, (2, u64::MAX, 0)),
+        (libc::SYS_prlimit64, vec![(2, u64::MAX, 0)]),
     ]
 }
 
@@ -148,16 +161,21 @@ pub fn restrict(mode: Mode) -> Result<(), CallsError> {
 fn allowed() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     let any = ANY.iter().chain(ANY_OLD).chain([&libc::SYS_clone3]);
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = any.map(|call| (*call, Vec::new())).collect();
-    for (call, (argument, mask, value)) in with_arguments() {
-        let size = match mask > u64::from(u32::MAX) {
-            true => SeccompCmpArgLen::Qword,
-            false => SeccompCmpArgLen::Dword,
-        };
-        let masked = SeccompCmpOp::MaskedEq(mask);
-        let condition = SeccompCondition::new(argument, size, masked, value)?;
-        rules.insert(call, vec![SeccompRule::new(vec![condition])?]);
+    for (call, conditions) in with_arguments() {
+        let rule = |condition| SeccompRule::new(vec![condition]);
+        let conditions = conditions.into_iter().map(condition);
+        let conditions = conditions.map(|it| it.and_then(rule));
+        rules.insert(call, conditions.collect::<Result<_, _>>()?);
     }
     Ok(rules)
+}
+
+fn condition((argument, mask, value): Condition) -> Result<SeccompCondition, BackendError> {
+    let size = match mask > u64::from(u32::MAX) {
+        true => SeccompCmpArgLen::Qword,
+        false => SeccompCmpArgLen::Dword,
+    };
+    SeccompCondition::new(argument, size, SeccompCmpOp::MaskedEq(mask), value)
 }
 
 fn program(

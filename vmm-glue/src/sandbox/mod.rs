@@ -4,8 +4,8 @@
 //! |---|---|
 //! | no new privileges | a program that it started could gain none |
 //! | capabilities | none, also for root |
-//! | landlock ([`files`]) | removing the names that it made; no other file, no TCP, no signal to others |
-//! | seccomp ([`calls`]) | the system calls of a running server; the others fail with `EPERM` |
+//! | landlock (`files`) | removing the names that it made; no other file, no TCP, no signal to others |
+//! | seccomp (`calls`) | the system calls of a running server; the others fail with `EPERM` |
 //!
 //! All but the last are a thread's own and inherited by the threads that it starts, so [`enter`] comes before the first
 //! thread. Why it is so: `docs/adr/0006-*.md`.

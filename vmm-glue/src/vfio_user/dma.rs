@@ -3,6 +3,7 @@
 //! An access holds the map that it uses, not a lock: maps come and go beside it, accesses may nest, and an unmap
 //! returns only when no access can use the memory any more.
 
+pub mod dirty;
 mod map;
 
 use std::collections::{BTreeMap, HashMap};
@@ -17,6 +18,7 @@ use std::time::Duration;
 use numagpu_devices::bus::{BackingId, DmaAccess, DmaError, DmaPort, Mapped};
 use vm_memory::VolatileSlice;
 
+use dirty::{DirtyError, DirtyLog};
 pub use map::MapError;
 use map::{Backing, FileKey, Map};
 
@@ -30,6 +32,9 @@ pub const READABLE: u32 = 1 << 0;
 
 /// `DMA_MAP` flag: the server may write.
 pub const WRITABLE: u32 = 1 << 1;
+
+/// Maps that may show a partition together; with more it counts as mapped in part.
+const MAX_PIECES: usize = 4096;
 
 /// How long an unmap sleeps before it looks again; accesses that end wake it before.
 const UNMAP_POLL: Duration = Duration::from_millis(1);
@@ -52,10 +57,43 @@ impl Maps {
         let next = || self.by_address.range(first..=last).next().map(|(_, m)| m);
         self.at(first).or_else(next)
     }
+
+    /// What maps show that follow each other without a gap, in memory and in their file, as if they were one. An IOMMU in
+    /// front of the device maps in pages.
+    fn run(&self, address: u64, last: u64) -> Option<Mapped> {
+        // Looked for first: while pages come in one after the other, this ends it.
+        self.at(last)?;
+        let first = self.at(address)?;
+        let whole = first.shown(address);
+        let mut end = first.last();
+        for (_, map) in self.by_address.range(address..=last).take(MAX_PIECES) {
+            if map.address <= end {
+                // The first of them, which begins at `address`.
+                continue;
+            }
+            let expected = match whole {
+                Mapped::File {
+                    id,
+                    offset,
+                    writable,
+                } => Mapped::File {
+                    id,
+                    offset: offset.checked_add(map.address - address)?,
+                    writable,
+                },
+                other => other,
+            };
+            if map.address - 1 != end || map.shown(map.address) != expected {
+                return None;
+            }
+            end = map.last();
+        }
+        (end >= last).then_some(whole)
+    }
 }
 
 /// The maps of one connection. Once disconnected it stays so: the next client gets a table of its own.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct DmaTable {
     maps: RwLock<Maps>,
     /// Unmaps that wait for accesses to end.
@@ -64,6 +102,22 @@ pub struct DmaTable {
     ended: Condvar,
     /// Who is asked for memory that comes without a file; without, it cannot be reached.
     client: Option<Arc<Client>>,
+    dirty: DirtyLog,
+    max_maps: usize,
+}
+
+impl Default for DmaTable {
+    fn default() -> Self {
+        Self {
+            maps: RwLock::default(),
+            waiting: AtomicUsize::new(0),
+            gate: Mutex::default(),
+            ended: Condvar::new(),
+            client: None,
+            dirty: DirtyLog::default(),
+            max_maps: MAX_DMA_MAPS,
+        }
+    }
 }
 
 /// A map in use by an access.
@@ -90,11 +144,12 @@ impl DmaTable {
         Self::default()
     }
 
-    /// An empty table of a client that can be asked for memory.
+    /// An empty table, of so many maps at most, of a client that can be asked for memory.
     #[must_use]
-    pub fn with_client(client: Arc<Client>) -> Self {
+    pub fn with_client(client: Arc<Client>, max_maps: usize) -> Self {
         Self {
             client: Some(client),
+            max_maps,
             ..Self::default()
         }
     }
@@ -167,8 +222,9 @@ impl DmaTable {
                 other_size: other.size,
             });
         }
-        if maps.by_address.len() >= MAX_DMA_MAPS {
-            return Err(MapError::TooMany);
+        let have = maps.by_address.len();
+        if have >= self.max_maps {
+            return Err(MapError::TooMany(have));
         }
         let map = Map {
             address: request.address,
@@ -178,26 +234,69 @@ impl DmaTable {
             backing: backing(&mut maps)?,
         };
         maps.by_address.insert(request.address, Arc::new(map));
+        self.dirty.mapped(request.address, last);
         Ok(())
     }
 
-    /// Removes the map of exactly this range. When this returns no access uses it any more.
+    /// The log of the device's writes.
+    #[must_use]
+    pub fn dirty(&self) -> &DirtyLog {
+        &self.dirty
+    }
+
+    /// Logs writes from now on, to ranges or to all that is and will be mapped.
     ///
     /// # Errors
-    /// [`MapError::NotMapped`] if there is none.
-    pub fn unmap(&self, address: u64, size: u64) -> Result<(), MapError> {
-        let mut maps = self.write();
-        if maps
-            .by_address
+    /// As [`DirtyLog::start`].
+    pub fn start_log(&self, page_hint: u64, ranges: &[(u64, u64)]) -> Result<u64, DirtyError> {
+        // No map comes or goes meanwhile: that is the calling thread's to do.
+        let maps = self.read();
+        let mapped = maps.by_address.values().filter(|map| map.writable());
+        let mapped = mapped.map(|map| (map.address, map.last()));
+        self.dirty.start(page_hint, ranges, mapped)
+    }
+
+    /// Whether there is a map of exactly this range.
+    #[must_use]
+    pub fn has(&self, address: u64, size: u64) -> bool {
+        let maps = self.read();
+        maps.by_address
             .get(&address)
-            .is_none_or(|map| map.size != size)
-        {
-            return Err(MapError::NotMapped { address, size });
+            .is_some_and(|map| map.size == size)
+    }
+
+    /// Removes the maps in this range, as VFIO's type 1 version 2 does: a VMM with an IOMMU before the device unmaps more at
+    /// once than it mapped. When this returns no access uses them any more.
+    ///
+    /// # Errors
+    /// [`MapError::NotMapped`] if there is none, or one that lies in the range in part; the table is then as before.
+    pub fn unmap(&self, address: u64, size: u64) -> Result<(), MapError> {
+        let none = || MapError::NotMapped { address, size };
+        let more = size.checked_sub(1).ok_or_else(none)?;
+        let last = address.checked_add(more).ok_or_else(none)?;
+        let mut maps = self.write();
+        let is_cut = |at: u64| {
+            let map = maps.at(at);
+            map.is_some_and(|map| map.address < address || map.last() > last)
+        };
+        if is_cut(address) || is_cut(last) {
+            return Err(none());
         }
-        let map = maps.by_address.remove(&address);
+        let inside: Vec<u64> = maps
+            .by_address
+            .range(address..=last)
+            .map(|(at, _)| *at)
+            .collect();
+        let gone: Vec<Arc<Map>> = inside
+            .iter()
+            .filter_map(|at| maps.by_address.remove(at))
+            .collect();
         drop(maps);
-        map.iter().for_each(|map| self.forget(map));
-        map.into_iter().for_each(|map| self.retire(map));
+        if gone.is_empty() {
+            return Err(none());
+        }
+        gone.iter().for_each(|map| self.forget(map));
+        gone.into_iter().for_each(|map| self.retire(map));
         Ok(())
     }
 
@@ -417,10 +516,14 @@ impl DmaPort for DmaTable {
         for piece in std::iter::once(first).chain(rest) {
             let Some(map) = &piece.map else { continue };
             let end = map.last().min(last);
-            match &map.backing {
-                Backing::Client(remote) => self.ask(remote, at, end - at + 1, access, f)?,
-                _ => f(map.slice(at, end - at + 1).ok_or(unmapped)?),
+            let done = match &map.backing {
+                Backing::Client(remote) => self.ask(remote, at, end - at + 1, access, f),
+                _ => map.slice(at, end - at + 1).ok_or(unmapped).map(&mut *f),
+            };
+            if access.writes() {
+                self.dirty.mark(at, end);
             }
+            done?;
             at = end.wrapping_add(1);
         }
         Ok(())
@@ -468,7 +571,11 @@ impl DmaPort for DmaTable {
         if backward {
             parts.reverse();
         }
-        parts.iter().try_for_each(|part| self.carry(part, backward))
+        parts.iter().try_for_each(|part| {
+            let done = self.carry(part, backward);
+            self.dirty.mark(part.write_at, part.write_at + part.more);
+            done
+        })
     }
 
     fn mapped(&self, address: u64, len: u64) -> Mapped {
@@ -479,19 +586,10 @@ impl DmaPort for DmaTable {
             return Mapped::Nothing;
         };
         let maps = self.read();
-        let Some(map) = maps.any_in(address, last) else {
-            return Mapped::Nothing;
-        };
-        if !map.contains(address) || !map.contains(last) {
-            return Mapped::Partial;
-        }
-        match map.file() {
-            None => Mapped::NoFd,
-            Some(id) => Mapped::File {
-                id,
-                offset: map.offset + (address - map.address),
-                writable: map.writable(),
-            },
+        match maps.any_in(address, last) {
+            None => Mapped::Nothing,
+            Some(first) if first.contains(address) && first.contains(last) => first.shown(address),
+            Some(_) => maps.run(address, last).unwrap_or(Mapped::Partial),
         }
     }
 }

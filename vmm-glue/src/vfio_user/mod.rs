@@ -10,22 +10,28 @@
 //! - [`wire`]: messages become validated requests, results become replies. Pure.
 //! - [`refusal`]: why a request is not carried out, and its error number.
 //! - [`session`]: one connection's life: version first and once, then any request in order.
+//! - [`device`]: what each request does to the function.
 //! - [`regions`]: which accesses a function's regions take, and what of them a client may map.
 //! - [`dma`]: guest memory that the client mapped, as the function's `DmaPort`.
+//! - [`dma::dirty`]: which pages the device wrote; [`migration`]: its state on the way to another process.
 //! - [`version`]: negotiation of version and capabilities.
 //! - [`client`]: the socket as it is written to, and `DMA_READ` and `DMA_WRITE` to the client.
 //! - [`irq`]: the client's event descriptors, as the function's `InterruptSink`.
 //!
-//! Not here: migration, interrupts other than MSI-X, a second socket for the server's commands.
+//! Not here: interrupts other than MSI-X, `PRE_COPY`, ioregionfds, a second socket for the server's commands.
 //!
 //! "The specification" in this module is QEMU's `docs/interop/vfio-user.rst`, protocol 0.0.
 
 mod bounce;
 pub mod client;
+pub mod device;
 pub mod dma;
+mod features;
 pub mod framing;
+mod io_fds;
 pub mod irq;
 pub mod listener;
+pub mod migration;
 pub mod polling;
 pub mod refusal;
 pub mod regions;
@@ -36,7 +42,7 @@ pub mod wire;
 
 pub use listener::{HandedError, Listener};
 pub use polling::Polling;
-pub use server::{SecondClient, Server, ServerError, Stopper};
+pub use server::{Policy, SecondClient, Server, ServerError, Stopper};
 
 /// Most data bytes of one region access (`max_data_xfer_size`), which is the specification's default.
 pub const MAX_TRANSFER: usize = 1 << 20;
@@ -47,6 +53,34 @@ pub const MAX_FDS: usize = 16;
 
 /// Most DMA maps at a time (`max_dma_maps`), which is the specification's default.
 pub const MAX_DMA_MAPS: usize = 65_535;
+
+/// What a server takes of a client, who is told (specification, "Version").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Most data bytes of one access (`max_data_xfer_size`), at most [`MAX_TRANSFER`].
+    pub max_transfer: usize,
+    /// Most DMA maps at a time (`max_dma_maps`), at most [`MAX_DMA_MAPS`].
+    pub max_dma_maps: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_transfer: MAX_TRANSFER,
+            max_dma_maps: MAX_DMA_MAPS,
+        }
+    }
+}
+
+impl Limits {
+    /// What can be kept of them.
+    fn bounded(self) -> Self {
+        Self {
+            max_transfer: self.max_transfer.min(MAX_TRANSFER),
+            max_dma_maps: self.max_dma_maps.min(MAX_DMA_MAPS),
+        }
+    }
+}
 
 /// Page sizes of DMA maps, or'ed together (`pgsizes`).
 pub const PAGE_SIZES: u64 = 4096;

@@ -5,6 +5,8 @@ use thiserror::Error;
 
 use super::MAX_MESSAGE;
 use super::dma::MapError;
+use super::dma::dirty::DirtyError;
+use super::migration::MigrationError;
 use super::wire::HEADER_SIZE;
 
 /// Why a request is refused. [`errno`](Self::errno) is what the client is told.
@@ -123,9 +125,43 @@ pub enum Refusal {
         /// File descriptors that came along.
         fds: usize,
     },
+    /// A field that has to be zero is not.
+    #[error("command {command} with {value:#x} where zero has to be")]
+    NotZero {
+        /// Command number.
+        command: u16,
+        /// What is there.
+        value: u32,
+    },
+    /// No such device feature, or one that this function does not have.
+    #[error("device feature {index} is not there")]
+    Feature {
+        /// Feature index.
+        index: u32,
+    },
+    /// What a device feature cannot do, or not both or none of it.
+    #[error("device feature with flags {flags:#x}")]
+    FeatureFlags {
+        /// The flags field.
+        flags: u32,
+    },
+    /// Data of a device feature that is too short or too long.
+    #[error("device feature {index} with data of {got} bytes")]
+    FeatureData {
+        /// Feature index.
+        index: u32,
+        /// Bytes there are.
+        got: usize,
+    },
     /// A DMA map or unmap that cannot be done.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// Written pages cannot be logged or reported.
+    #[error(transparent)]
+    Dirty(#[from] DirtyError),
+    /// A migration that does not go on.
+    #[error(transparent)]
+    Migration(#[from] MigrationError),
 }
 
 impl Refusal {
@@ -134,7 +170,11 @@ impl Refusal {
     pub fn errno(&self) -> Errno {
         match self {
             Self::Unsupported(_) => Errno::NOTSUP,
+            // Linux's answer (`vfio_ioctl_device_feature`).
+            Self::Feature { .. } => Errno::NOTTY,
             Self::Map(error) => error.errno(),
+            Self::Dirty(error) => error.errno(),
+            Self::Migration(error) => error.errno(),
             _ => Errno::INVAL,
         }
     }

@@ -18,7 +18,9 @@ use rustix::io::Errno;
 use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 use thiserror::Error;
 
+use super::Limits;
 use super::listener::{Listener, Name, Source};
+use super::polling::Polling;
 use super::session::Session;
 
 /// Why a server could not be started.
@@ -70,6 +72,44 @@ pub enum SecondClient {
     Queue,
 }
 
+/// How a [`Server`] treats its clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// What becomes of a client that comes while another is served.
+    pub second_client: SecondClient,
+    /// Whether sessions look for messages before they sleep.
+    pub polling: Polling,
+    /// What is taken of a client.
+    pub limits: Limits,
+}
+
+impl From<SecondClient> for Policy {
+    fn from(second_client: SecondClient) -> Policy {
+        Policy {
+            second_client,
+            ..Policy::default()
+        }
+    }
+}
+
+impl From<Limits> for Policy {
+    fn from(limits: Limits) -> Policy {
+        Policy {
+            limits,
+            ..Policy::default()
+        }
+    }
+}
+
+impl From<Polling> for Policy {
+    fn from(polling: Polling) -> Policy {
+        Policy {
+            polling,
+            ..Policy::default()
+        }
+    }
+}
+
 /// Serves a function on a socket until it is dropped.
 #[derive(Debug)]
 pub struct Server {
@@ -86,7 +126,7 @@ pub struct Stopper(Arc<Shared>);
 /// What the two threads and the owner share.
 #[derive(Debug)]
 struct Shared {
-    second: SecondClient,
+    policy: Policy,
     state: Mutex<State>,
     /// Wakes the serving thread for a client or to stop, and the accepting thread when a client is done with.
     changed: Condvar,
@@ -127,7 +167,7 @@ impl Server {
     pub fn start(
         listener: Listener,
         function: Arc<dyn PciFunction>,
-        second: SecondClient,
+        policy: impl Into<Policy>,
     ) -> Result<Self, ServerError> {
         let Listener { source, name } = listener;
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| ServerError::Host {
@@ -140,7 +180,7 @@ impl Server {
             Source::Connected(client) => (State::Arrived(Arc::new(client)), None),
         };
         let shared = Arc::new(Shared {
-            second,
+            policy: policy.into(),
             state: Mutex::new(state),
             changed: Condvar::new(),
             stop,
@@ -288,7 +328,7 @@ impl Shared {
                 State::Idle => break,
                 State::Stopped => return,
                 State::Arrived(other) | State::Serving(other) => {
-                    if self.second == SecondClient::Refuse && !hung_up(other) {
+                    if self.policy.second_client == SecondClient::Refuse && !hung_up(other) {
                         tracing::warn!("a second vfio-user client was refused");
                         return;
                     }
@@ -315,7 +355,11 @@ impl Shared {
             };
             *state = State::Serving(Arc::clone(&client));
             drop(state);
-            let session = || Session::new(Arc::clone(function), Arc::clone(&client)).run();
+            let session = || {
+                let (function, socket) = (Arc::clone(function), Arc::clone(&client));
+                let session = Session::new(function, socket, self.policy.limits);
+                session.polling(self.policy.polling).run()
+            };
             match catch_unwind(AssertUnwindSafe(session)) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!("a vfio-user session ended: {error}"),

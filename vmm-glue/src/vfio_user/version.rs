@@ -7,7 +7,7 @@ use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use super::refusal::Refusal;
-use super::{MAX_DMA_MAPS, MAX_FDS, MAX_TRANSFER, PAGE_SIZES};
+use super::{Limits, MAX_FDS, PAGE_SIZES};
 
 /// Major version spoken.
 pub const MAJOR: u16 = 0;
@@ -61,7 +61,12 @@ pub struct Agreement {
 /// # Errors
 /// [`Refusal::Version`] if the major version differs, [`Refusal::VersionData`] if `data` is neither empty nor
 /// NUL-terminated JSON of at most 4096 bytes.
-pub fn negotiate(major: u16, minor: u16, data: &[u8]) -> Result<Agreement, Refusal> {
+pub fn negotiate(
+    major: u16,
+    minor: u16,
+    data: &[u8],
+    limits: &Limits,
+) -> Result<Agreement, Refusal> {
     if major != MAJOR {
         return Err(Refusal::Version { major, minor });
     }
@@ -71,7 +76,7 @@ pub fn negotiate(major: u16, minor: u16, data: &[u8]) -> Result<Agreement, Refus
     const { assert!(MINOR == 0) };
     Ok(Agreement {
         minor: MINOR,
-        data: answer(&theirs, data.len()),
+        data: answer(&theirs, data.len(), limits),
         // What a client that names no number takes is the specification's.
         max_transfer: number(&theirs.max_data_xfer_size).unwrap_or(DEFAULT_TRANSFER),
         max_fds: number(&theirs.max_msg_fds)
@@ -102,7 +107,7 @@ fn parse(data: &[u8]) -> Result<Option<Proposal>, Refusal> {
         .map_err(|error| wrong(&error.to_string()))
 }
 
-fn answer(theirs: &Capabilities, room: usize) -> String {
+fn answer(theirs: &Capabilities, room: usize, limits: &Limits) -> String {
     const OPEN: &str = "{\"capabilities\":{";
     const CLOSE: &str = "}}\0";
     let mut capabilities = String::new();
@@ -111,13 +116,13 @@ fn answer(theirs: &Capabilities, room: usize) -> String {
         (
             theirs.max_data_xfer_size.is_some(),
             "max_data_xfer_size",
-            MAX_TRANSFER as u64,
+            limits.max_transfer as u64,
         ),
         (theirs.pgsizes.is_some(), "pgsizes", PAGE_SIZES),
         (
             theirs.max_dma_maps.is_some(),
             "max_dma_maps",
-            MAX_DMA_MAPS as u64,
+            limits.max_dma_maps as u64,
         ),
     ];
     let mut offer = |text: String| {
@@ -146,6 +151,10 @@ fn answer(theirs: &Capabilities, room: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn negotiate(major: u16, minor: u16, data: &[u8]) -> Result<Agreement, Refusal> {
+        super::negotiate(major, minor, data, &Limits::default())
+    }
 
     const QEMU: &str = concat!(
         r#"{"capabilities":{"pgsizes":4096,"max_msg_fds":16,"max_dma_maps":65535,"#,

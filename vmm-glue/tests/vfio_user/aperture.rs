@@ -23,33 +23,33 @@ use vm_memory::{Bytes as _, FileOffset, MmapRegion, VolatileMemory as _};
 
 use crate::raw::*;
 
-const MIB: u64 = 1 << 20;
+pub const MIB: u64 = 1 << 20;
 /// Bytes of each of two partitions.
-const PART: u64 = 2 * MIB;
+pub const PART: u64 = 2 * MIB;
 /// Where packets find the first.
-const BASE: u64 = 0x100_0000_0000;
-const APERTURE: u32 = pci::BAR_APERTURE as u32;
+pub const BASE: u64 = 0x100_0000_0000;
+pub const APERTURE: u32 = pci::BAR_APERTURE as u32;
 const REGISTERS: u32 = pci::BAR_REGISTERS as u32;
 const DOORBELLS: u32 = pci::BAR_DOORBELLS as u32;
 const TOKEN: u64 = 0x6170;
 /// Guest RAM: the ring, then what is copied.
-const RAM: u64 = 0x10_0000;
-const DATA: u64 = RAM + 0x8000;
+pub const RAM: u64 = 0x10_0000;
+pub const DATA: u64 = RAM + 0x8000;
 
-struct Served {
+pub struct Served {
     hbm: Arc<HbmBacking>,
     server: Server,
     _dir: TempDir,
 }
 
 impl Served {
-    fn path(&self) -> PathBuf {
+    pub fn path(&self) -> PathBuf {
         self.server.path().to_owned()
     }
 }
 
 /// A GPU of two partitions behind a BAR of so many bytes.
-fn serve(size: u64) -> Served {
+pub fn serve(size: u64) -> Served {
     let hbm = Arc::new(HbmBacking::memfd("gpu0", 2 * PART).unwrap());
     let parts = hbm.split(&[PART, PART]).unwrap();
     let bases = (0..).map(|index| BASE + index * PART);
@@ -81,15 +81,15 @@ fn serve(size: u64) -> Served {
 }
 
 /// A driver behind a client.
-struct Driver {
-    raw: Raw,
-    ram: OwnedFd,
-    write_pointer: u64,
+pub struct Driver {
+    pub raw: Raw,
+    pub ram: OwnedFd,
+    pub write_pointer: u64,
 }
 
 impl Driver {
     /// Connects, boots, claims both partitions and enables queue 0.
-    fn new(served: &Served) -> Self {
+    pub fn new(served: &Served) -> Self {
         let mut driver = Self {
             raw: Raw::ready(&served.path()),
             ram: memfd(0x1_0000),
@@ -117,7 +117,7 @@ impl Driver {
         self.write_pointer = 0;
     }
 
-    fn read(&mut self, region: u32, offset: u64, len: u32) -> Vec<u8> {
+    pub fn read(&mut self, region: u32, offset: u64, len: u32) -> Vec<u8> {
         let body = region_body(offset, region, len, &[]);
         self.raw.ask(READ, &body, &[]).body[16..].to_vec()
     }
@@ -141,7 +141,7 @@ impl Driver {
         u64::from_le_bytes(value)
     }
 
-    fn get32(&mut self, base: u32, reg: &Reg) -> u32 {
+    pub fn get32(&mut self, base: u32, reg: &Reg) -> u32 {
         u32::try_from(self.get(base, reg)).unwrap()
     }
 
@@ -166,7 +166,7 @@ impl Driver {
     }
 
     /// One copy by the engine.
-    fn copy(&mut self, source: u64, destination: u64, len: u64) {
+    pub fn copy(&mut self, source: u64, destination: u64, len: u64) {
         self.begin_copy(source, destination, len);
         self.end_copy();
     }
@@ -193,7 +193,7 @@ impl Driver {
     }
 
     /// Rings the doorbell for one copy.
-    fn begin_copy(&mut self, source: u64, destination: u64, len: u64) {
+    pub fn begin_copy(&mut self, source: u64, destination: u64, len: u64) {
         let packet = sdma::copy_linear(source, destination, len);
         let words = words(&packet);
         let written = rustix::io::pwrite(&self.ram, &words, self.write_pointer);
@@ -204,7 +204,7 @@ impl Driver {
         self.raw.send(&framed(1, WRITE, 40, NO_REPLY, &body), &[]);
     }
 
-    fn end_copy(&mut self) {
+    pub fn end_copy(&mut self) {
         let running = QueueState::Running.code();
         self.wait(|driver| driver.get32(queue::BASE, &queue::STATUS) != running);
         let state = self.get32(queue::BASE, &queue::STATUS);

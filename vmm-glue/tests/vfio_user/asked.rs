@@ -289,7 +289,7 @@ fn many_threads_and_the_clients_own_requests_share_the_socket() {
             scope.spawn(move || {
                 let at = RAM + thread * 0x1_0000;
                 for round in 0..100_u64 {
-                    let data = (round << 8 | thread).to_ne_bytes().repeat(100);
+                    let data = ((round << 8) | thread).to_ne_bytes().repeat(100);
                     write(&**dma, at + round, &data).unwrap();
                     assert!(read(&**dma, at + round, data.len()).unwrap() == data);
                 }

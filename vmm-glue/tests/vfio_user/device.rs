@@ -1,11 +1,14 @@
 //! A small PCI function that keeps what is written and remembers what happened to it.
 
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use numagpu_devices::bus::{Attachment, Bar, FunctionLayout, PciFunction, ResetKind};
-use numagpu_vmm_glue::vfio_user::{Listener, SecondClient, Server};
+use numagpu_devices::bus::{
+    Attachment, Bar, FunctionLayout, IoFd, Migrate, MigrateError, PciFunction, ResetKind,
+};
+use numagpu_vmm_glue::vfio_user::{Limits, Listener, SecondClient, Server};
 use tempfile::TempDir;
 
 /// Bytes of BAR 0.
@@ -17,6 +20,11 @@ pub const VECTORS: u16 = 32;
 pub struct Probe {
     layout: FunctionLayout,
     state: Mutex<State>,
+    /// Whether its state can be carried.
+    pub migrates: bool,
+    /// Offset, size and value of writes to BAR 0 that come as events, and which event.
+    pub io: Vec<(u64, u64, Option<u64>, usize)>,
+    pub events: Vec<OwnedFd>,
 }
 
 pub struct State {
@@ -66,20 +74,34 @@ impl Served {
 }
 
 pub fn serve() -> Served {
+    serve_with(|_| {})
+}
+
+/// Serves a probe that was changed before.
+pub fn serve_with(change: impl FnOnce(&mut Probe)) -> Served {
+    serve_limited(change, Limits::default())
+}
+
+/// Serves it and takes less of a client than it could.
+pub fn serve_limited(change: impl FnOnce(&mut Probe), limits: Limits) -> Served {
     let dir = tempfile::tempdir().unwrap();
     let listener = Listener::bind(dir.path().join("gpu0")).unwrap();
-    serve_on(listener, SecondClient::Refuse, dir)
+    let mut probe = probe();
+    change(&mut probe);
+    let probe = Arc::new(probe);
+    let server = Server::start(listener, Arc::clone(&probe) as _, limits).unwrap();
+    Served { probe, server, dir }
 }
 
 /// A probe behind a socket of the test's own, in a directory that lasts as long.
 pub fn serve_on(listener: Listener, second: SecondClient, dir: TempDir) -> Served {
-    let probe = probe();
+    let probe = Arc::new(probe());
     let server = Server::start(listener, Arc::clone(&probe) as _, second).unwrap();
     Served { probe, server, dir }
 }
 
-fn probe() -> Arc<Probe> {
-    Arc::new(Probe {
+fn probe() -> Probe {
+    Probe {
         layout: FunctionLayout {
             bars: vec![Bar {
                 index: 0,
@@ -99,7 +121,10 @@ fn probe() -> Arc<Probe> {
             broken: false,
             on_write: None,
         }),
-    })
+        migrates: false,
+        io: Vec::new(),
+        events: Vec::new(),
+    }
 }
 
 fn at(offset: u64, len: usize) -> std::ops::Range<usize> {
@@ -155,11 +180,56 @@ impl PciFunction for Probe {
         }
     }
 
+    fn io_fds(&self, bar: u8) -> Vec<IoFd<'_>> {
+        let io = self.io.iter().filter(|_| bar == 0);
+        let io = io.map(|&(offset, size, datamatch, event)| IoFd {
+            offset,
+            size,
+            datamatch,
+            event: self.events[event].as_fd(),
+        });
+        io.collect()
+    }
+
+    fn migrate(&self) -> Option<&dyn Migrate> {
+        self.migrates.then_some(self)
+    }
+
     fn reset(&self, kind: ResetKind) {
         let broken = self.state().broken;
         assert!(!broken, "a bug in the device");
         assert_eq!(kind, ResetKind::Hot);
         self.state().events.push("reset");
+    }
+}
+
+/// Its state is BAR 0, after a word by which it is known.
+const KNOWN: &[u8; 8] = b"a probe:";
+
+impl Migrate for Probe {
+    fn stop(&self) -> Result<(), MigrateError> {
+        let mut state = self.state();
+        if state.broken {
+            return Err(MigrateError::Busy("it is broken".to_owned()));
+        }
+        state.events.push("stop");
+        Ok(())
+    }
+
+    fn run(&self) {
+        self.state().events.push("run");
+    }
+
+    fn save(&self) -> Result<Vec<u8>, MigrateError> {
+        Ok([KNOWN, self.state().bar0.as_slice()].concat())
+    }
+
+    fn load(&self, state: &[u8]) -> Result<(), MigrateError> {
+        let bar0 = state.strip_prefix(KNOWN);
+        let bar0 = bar0.filter(|it| it.len() as u64 == BAR0);
+        let bar0 = bar0.ok_or_else(|| MigrateError::Bad(format!("{} bytes", state.len())))?;
+        self.state().bar0.copy_from_slice(bar0);
+        Ok(())
     }
 }
 

@@ -9,7 +9,11 @@ mod cuts;
 #[cfg(test)]
 mod device;
 #[cfg(test)]
+mod dirty;
+#[cfg(test)]
 mod endurance;
+#[cfg(test)]
+mod io_fds;
 #[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
@@ -18,6 +22,8 @@ mod listeners;
 mod malformed;
 #[cfg(test)]
 mod memory;
+#[cfg(test)]
+mod migration;
 #[cfg(test)]
 mod peer;
 #[cfg(test)]

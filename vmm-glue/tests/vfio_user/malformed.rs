@@ -2,7 +2,9 @@
 
 use std::os::fd::AsFd as _;
 
-use crate::device::{BAR0, is_alone, serve};
+use numagpu_vmm_glue::vfio_user::Limits;
+
+use crate::device::{BAR0, is_alone, serve, serve_limited};
 use crate::raw::*;
 
 const EINVAL: u32 = 22;
@@ -305,6 +307,36 @@ fn every_malformed_message_is_answered_as_it_should_be() {
         }
     }
     assert_eq!(ends, 6);
+}
+
+/// `max_data_xfer_size` and `max_dma_maps` ("Version").
+#[test]
+fn limits_of_a_server_are_told_and_kept() {
+    let limits = Limits {
+        max_transfer: 64,
+        max_dma_maps: 2,
+    };
+    let served = serve_limited(|probe| probe.migrates = true, limits);
+    let mut raw = Raw::connect(&served.path());
+    let body = [&[0; 4], PROPOSAL.as_bytes()].concat();
+    let told = raw.ask(VERSION, &body, &[]).body;
+    let told = std::str::from_utf8(&told[4..]).unwrap();
+    assert!(told.contains("\"max_data_xfer_size\":64,"), "{told}");
+    assert!(told.contains("\"max_dma_maps\":2}"), "{told}");
+    for (count, want) in [(64, 0), (65, EINVAL)] {
+        let data = vec![1; count as usize];
+        assert_eq!(raw.errno(READ, &region_body(0, 0, count, &[]), &[]), want);
+        assert_eq!(
+            raw.errno(WRITE, &region_body(0, 0, count, &data), &[]),
+            want
+        );
+    }
+    let stop_copy = feature_body(16, (1 << 17) | 2, &words(&[3, 0]));
+    assert_eq!(raw.errno(FEATURE, &stop_copy, &[]), 0);
+    assert_eq!(raw.errno(MIG_READ, &words(&[200, 65]), &[]), EINVAL);
+    assert_eq!(raw.errno(MIG_READ, &words(&[200, 64]), &[]), 0);
+    let mut map = |page: u64| raw.errno(DMA_MAP, &map_body(3, 0, page << 12, 4096), &[]);
+    assert_eq!((map(1), map(2), map(3)), (0, 0, 28), "ENOSPC");
 }
 
 #[test]

@@ -61,6 +61,14 @@ fn maps_are_checked_against_each_other_and_their_file() {
     assert_eq!(unmap(0x10_000, 0x2000), 0);
     assert_eq!(unmap(0x10_000, 0x2000), ENOENT);
     assert_eq!(unmap(0, 0), ENOENT);
+    // A range takes all maps that lie in it, and none if one lies in it only in part.
+    assert_eq!(unmap(0xe_000, 0x3800), 0);
+    assert_eq!(unmap(0xf_000, 0x1000), ENOENT);
+    assert_eq!(unmap(0x11_000, 0x1800), ENOENT);
+    assert_eq!(unmap(0, u64::MAX), ENOENT);
+    assert_eq!(unmap(0x11_000, 0x11_000_u64.wrapping_neg()), 0);
+    assert_eq!(unmap(0x12_000, 0x1000), ENOENT);
+    assert_eq!(unmap(!0xfff, 0x1000), ENOENT);
 }
 
 #[test]
@@ -192,6 +200,54 @@ fn accesses_go_through_adjacent_maps_and_nowhere_else() {
     served.probe.wait_detached();
     let gone = dma.access(0x1000, 1, DmaAccess::Read, &mut |_| panic!());
     assert_eq!(gone, Err(DmaError::Disconnected));
+}
+
+/// An IOMMU in front of the device maps page by page: what lies in the file as it lies in memory is one map all the same.
+#[test]
+fn maps_that_follow_each_other_in_their_file_count_as_one() {
+    let served = serve();
+    let mut raw = Raw::ready(&served.path());
+    let (hbm, other) = (memfd(0x8000), memfd(0x8000));
+    let dma = served.probe.attachment().dma;
+    let mut map = |fd: &std::os::fd::OwnedFd, flags, offset, address| {
+        let body = map_body(flags, offset, address, 0x1000);
+        assert_eq!(raw.errno(DMA_MAP, &body, &[fd.as_fd()]), 0);
+    };
+    // From the last page to the first, so that every part of it is seen alone before.
+    for page in (0..4).rev() {
+        assert_eq!(
+            dma.mapped(0x1_0000, 0x4000),
+            match page {
+                3 => Mapped::Nothing,
+                _ => Mapped::Partial,
+            }
+        );
+        map(&hbm, 3, 0x2000 + page * 0x1000, 0x1_0000 + page * 0x1000);
+    }
+    let shown = |address, len| match dma.mapped(address, len) {
+        Mapped::File {
+            offset, writable, ..
+        } => Some((offset, writable)),
+        _ => None,
+    };
+    assert_eq!(shown(0x1_0000, 0x4000), Some((0x2000, true)));
+    assert_eq!(shown(0x1_0800, 0x3000), Some((0x2800, true)));
+    assert_eq!(dma.mapped(0x1_0000, 0x4001), Mapped::Partial);
+    assert_eq!(dma.mapped(0xffff, 0x4001), Mapped::Partial);
+    // Neighbours that do not go on as the file does: read only, another file, another place, after a gap.
+    map(&hbm, 1, 0x6000, 0x1_4000);
+    map(&other, 3, 0x1000, 0xf000);
+    map(&hbm, 3, 0, 0x2_0000);
+    map(&hbm, 3, 0x2000, 0x2_1000);
+    map(&hbm, 3, 0x1000, 0x2_3000);
+    for (address, len) in [
+        (0x1_0000, 0x5000),
+        (0xf000, 0x5000),
+        (0x2_0000, 0x2000),
+        (0x2_1000, 0x3000),
+    ] {
+        assert_eq!(dma.mapped(address, len), Mapped::Partial, "{address:#x}");
+    }
 }
 
 #[test]

@@ -200,6 +200,12 @@ pub fn region_body(offset: u64, region: u32, count: u32, data: &[u8]) -> Vec<u8>
     [&longs(&[offset])[..], &words(&[region, count]), data].concat()
 }
 
+/// The request of a device feature, with room for so many bytes in the reply.
+pub fn feature_body(room: usize, flags: u32, data: &[u8]) -> Vec<u8> {
+    let argsz = u32::try_from(room).unwrap();
+    [words(&[argsz, flags]), data.to_vec()].concat()
+}
+
 pub fn irqs_body(flags: u32, index: u32, start: u32, count: u32) -> Vec<u8> {
     words(&[20, flags, index, start, count])
 }

@@ -233,6 +233,17 @@ pub enum OnDisconnect {
     Keep,
 }
 
+/// Whether the server looks for a client's next message before it sleeps.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Polling {
+    /// It sleeps until one comes
+    Off,
+    /// It looks for up to 50 us while messages come soon after one another
+    Auto,
+    /// It looks for 1 ms after each
+    Always,
+}
+
 /// A socket that `serve` was started with.
 #[derive(Clone)]
 pub struct Handed {
@@ -289,6 +300,9 @@ pub struct ServeArgs {
     /// What becomes of HBM when a client goes, or is killed. It has no owner then in either case.
     #[arg(long, value_enum, value_name = "POLICY", default_value = "scrub")]
     pub hbm_on_disconnect: OnDisconnect,
+    /// Whether the server looks for a client's next message before it sleeps: answers come sooner, and a core is busy.
+    #[arg(long, value_enum, value_name = "MODE", default_value = "off")]
+    pub polling: Polling,
 }
 
 /// Arguments of `run`.

@@ -17,7 +17,7 @@ use numagpu_vmm_glue::vfio_user::{self, Listener};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::args::{OnDisconnect, Sandbox, SecondClient, ServeArgs};
+use crate::args::{OnDisconnect, Polling, Sandbox, SecondClient, ServeArgs};
 use crate::{Failure, handed, is_closed, machine};
 
 /// Links that are removed at the end.
@@ -84,6 +84,11 @@ pub fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
         on_disconnect: match args.hbm_on_disconnect {
             OnDisconnect::Scrub => ownership::OnDisconnect::Scrub,
             OnDisconnect::Keep => ownership::OnDisconnect::Keep,
+        },
+        polling: match args.polling {
+            Polling::Off => vfio_user::Polling::Off,
+            Polling::Auto => vfio_user::Polling::Auto,
+            Polling::Always => vfio_user::Polling::Always,
         },
     };
     let sockets = args.socket_dir.as_deref().unwrap_or(&place);

@@ -10,6 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use numagpu_devices::bus::{DmaPort, PciFunction};
+use numagpu_devices::ownership::OnDisconnect;
 use numagpu_topology::Plan;
 use numagpu_topology::ranges::Range;
 use numagpu_topology::size::GIB;
@@ -112,7 +113,7 @@ impl Machine {
         vm.enable_cap(&split)
             .map_err(doing("have local APICs in the kernel"))?;
 
-        let gpus = Gpus::new(plan, None).map_err(doing("make the GPU"))?;
+        let gpus = Gpus::new(plan, None, OnDisconnect::Scrub).map_err(doing("make the GPU"))?;
         let mut regions = Vec::new();
         for range in &plan.ram {
             let ram = HbmBacking::memfd("selftest-ram", range.size);

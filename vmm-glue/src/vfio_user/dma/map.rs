@@ -4,14 +4,13 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use numagpu_devices::bus::{BackingId, DmaAccess, DmaError};
+use numagpu_devices::bus::{BackingId, DmaAccess, DmaError, Mapped};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::io::Errno;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
-use super::super::MAX_DMA_MAPS;
 use super::super::client::{Client, Remote};
 use super::super::wire::DmaMap;
 use super::{READABLE, WRITABLE};
@@ -51,8 +50,8 @@ pub enum MapError {
         other_size: u64,
     },
     /// Too many maps.
-    #[error("{MAX_DMA_MAPS} maps exist already")]
-    TooMany,
+    #[error("{0} maps exist already")]
+    TooMany(usize),
     /// Not a file that stays as long as it says.
     #[error("the file descriptor is no regular file")]
     NotAFile,
@@ -66,8 +65,8 @@ pub enum MapError {
         /// Bytes to map.
         size: u64,
     },
-    /// No map with just this range.
-    #[error("no map is exactly {address:#x}..+{size:#x}")]
+    /// No map in this range, or one that lies in it only in part.
+    #[error("{address:#x}..+{size:#x} has no map in it, or a map only in part")]
     NotMapped {
         /// First address.
         address: u64,
@@ -102,7 +101,7 @@ impl MapError {
     pub fn errno(&self) -> Errno {
         match self {
             Self::Overlap { .. } => Errno::EXIST,
-            Self::TooMany => Errno::NOSPC,
+            Self::TooMany(_) => Errno::NOSPC,
             Self::NotMapped { .. } => Errno::NOENT,
             Self::Host { errno, .. } => *errno,
             _ => Errno::INVAL,
@@ -150,6 +149,18 @@ impl Map {
         match &self.backing {
             Backing::File(id, _) => Some(*id),
             Backing::Own(_) | Backing::Client(_) => None,
+        }
+    }
+
+    /// What the map shows from `address` on, which is inside.
+    pub(super) fn shown(&self, address: u64) -> Mapped {
+        match self.file() {
+            None => Mapped::NoFd,
+            Some(id) => Mapped::File {
+                id,
+                offset: self.offset + (address - self.address),
+                writable: self.writable(),
+            },
         }
     }
 

@@ -15,6 +15,8 @@ pub enum Files {
     None,
     /// The file that a BAR is mapped from.
     Bar(u8),
+    /// Those that signal writes to parts of a BAR.
+    Io(u8),
 }
 
 /// A reply under construction, in a buffer that is made once per connection and fits the largest one.

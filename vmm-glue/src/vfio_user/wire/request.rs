@@ -42,6 +42,8 @@ pub enum Request<'a> {
     },
     /// `DEVICE_GET_REGION_IO_FDS`.
     GetRegionIoFds {
+        /// The client's room for the reply's body, at least 16 bytes.
+        argsz: u32,
         /// Region index.
         index: u32,
     },
@@ -263,8 +265,14 @@ fn decode_body(number: u16, body: &[u8]) -> Option<Result<Request<'_>, Refusal>>
             room(32, Request::GetRegionInfo { argsz, index })
         }
         command::GET_REGION_IO_FDS => {
-            let index = u32_at(body, 8)?;
-            room(16, Request::GetRegionIoFds { index })
+            let (argsz, index) = (u32_at(body, 0)?, u32_at(body, 8)?);
+            match u32_at(body, 4)? | u32_at(body, 12)? {
+                0 => room(16, Request::GetRegionIoFds { argsz, index }),
+                value => Err(Refusal::NotZero {
+                    command: number,
+                    value,
+                }),
+            }
         }
         command::GET_IRQ_INFO => {
             let index = u32_at(body, 8)?;

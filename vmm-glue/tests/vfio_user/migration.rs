@@ -1,0 +1,323 @@
+//! A device on its way to another process (specification, `VFIO_DEVICE_FEATURE_MIGRATION`,
+//! `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`, `VFIO_USER_MIG_DATA_READ`, `VFIO_USER_MIG_DATA_WRITE`).
+
+use std::os::fd::AsFd as _;
+
+use numagpu_devices::spec::regs::{OwnerState, partition, queue};
+
+use crate::aperture::{self, APERTURE, BASE, DATA, Driver, MIB, PART, RAM};
+use crate::device::{BAR0, Served, serve, serve_with};
+use crate::raw::*;
+
+const EINVAL: u32 = 22;
+const E2BIG: u32 = 7;
+const EBUSY: u32 = 16;
+const EEXIST: u32 = 17;
+const ENOTSUP: u32 = 95;
+
+const GET: u32 = 1 << 16;
+const SET: u32 = 1 << 17;
+const MIGRATION: u32 = 1;
+const DEVICE_STATE: u32 = 2;
+
+const ERROR_STATE: u32 = 0;
+const STOP: u32 = 1;
+const RUNNING: u32 = 2;
+const STOP_COPY: u32 = 3;
+const RESUMING: u32 = 4;
+const PRE_COPY: u32 = 6;
+
+fn migrating() -> Served {
+    serve_with(|probe| probe.migrates = true)
+}
+
+fn go(raw: &mut Raw, state: u32) -> u32 {
+    let body = feature_body(16, SET | DEVICE_STATE, &words(&[state, 0]));
+    let answer = raw.ask(FEATURE, &body, &[]);
+    if answer.errno == 0 {
+        assert_eq!(answer.body, body, "the reply to a SET is its request");
+    }
+    answer.errno
+}
+
+fn state(raw: &mut Raw) -> u32 {
+    let body = feature_body(16, GET | DEVICE_STATE, &[]);
+    let answer = raw.ask(FEATURE, &body, &[]);
+    assert_eq!((answer.errno, answer.body.len()), (0, 16));
+    assert_eq!(answer.body[..8], words(&[16, GET | DEVICE_STATE]));
+    u32::from_ne_bytes(answer.body[8..12].try_into().unwrap())
+}
+
+/// Reads the state to its end, so many bytes at a time.
+fn read_all(raw: &mut Raw, size: u32) -> Vec<u8> {
+    let mut all = Vec::new();
+    loop {
+        let answer = raw.ask(MIG_READ, &words(&[8 + size, size]), &[]);
+        assert_eq!(answer.errno, 0);
+        let (head, data) = answer.body.split_at(8);
+        let len = u32::try_from(data.len()).unwrap();
+        assert_eq!(head, words(&[8 + len, len]));
+        all.extend(data);
+        // "If this is less than the requested size, there is no more migration data to read."
+        if len < size {
+            return all;
+        }
+    }
+}
+
+fn write_state(raw: &mut Raw, data: &[u8]) -> u32 {
+    let size = u32::try_from(data.len()).unwrap();
+    let body = [words(&[8 + size, size]), data.to_vec()].concat();
+    let answer = raw.ask(MIG_WRITE, &body, &[]);
+    assert!(answer.body.is_empty());
+    answer.errno
+}
+
+#[test]
+fn stop_and_copy_is_all_that_is_offered() {
+    let served = migrating();
+    let mut raw = Raw::ready(&served.path());
+    let body = feature_body(16, GET | MIGRATION, &[]);
+    let answer = raw.ask(FEATURE, &body, &[]);
+    let want = [words(&[16, GET | MIGRATION]), longs(&[1])].concat();
+    assert_eq!((answer.errno, answer.body), (0, want));
+    for (room, flags) in [
+        (15, GET | MIGRATION),
+        (16, SET | MIGRATION),
+        (15, GET | DEVICE_STATE),
+    ] {
+        assert_eq!(
+            raw.errno(FEATURE, &feature_body(room, flags, &[]), &[]),
+            EINVAL
+        );
+    }
+    let short = feature_body(16, SET | DEVICE_STATE, &words(&[STOP]));
+    assert_eq!(raw.errno(FEATURE, &short, &[]), EINVAL);
+    let cramped = feature_body(8, SET | DEVICE_STATE, &words(&[STOP, 0]));
+    assert_eq!(raw.errno(FEATURE, &cramped, &[]), EINVAL);
+    assert_eq!(state(&mut raw), RUNNING);
+}
+
+/// "Direct State Transitions" and "Complex State Transitions": from each state to each, by way of STOP.
+#[test]
+fn every_state_is_reached_from_every_other() {
+    let served = migrating();
+    let mut raw = Raw::ready(&served.path());
+    let states = [STOP, RUNNING, STOP_COPY, RESUMING];
+    for from in states {
+        for to in states {
+            assert_eq!(go(&mut raw, from), 0);
+            served.probe.state().events.clear();
+            assert_eq!((go(&mut raw, to), state(&mut raw)), (0, to));
+            let events = served.probe.state().events.clone();
+            let want: &[_] = match (from == RUNNING, to == RUNNING) {
+                (true, false) => &["stop"],
+                (false, true) => &["run"],
+                _ => &[],
+            };
+            assert_eq!(events, want, "{from} to {to}");
+        }
+        for nowhere in [ERROR_STATE, 5, PRE_COPY, 7, 8, 0xabcd, u32::MAX] {
+            assert_eq!(go(&mut raw, from), 0);
+            assert_eq!((go(&mut raw, nowhere), state(&mut raw)), (EINVAL, from));
+        }
+    }
+}
+
+#[test]
+fn a_state_is_read_and_written_in_pieces_of_any_size() {
+    let (source, target) = (migrating(), migrating());
+    let (mut from, mut to) = (Raw::ready(&source.path()), Raw::ready(&target.path()));
+    let data: Vec<u8> = (0..=250)
+        .cycle()
+        .take(usize::try_from(BAR0).unwrap())
+        .collect();
+    source.probe.state().bar0.copy_from_slice(&data);
+    assert_eq!(go(&mut from, STOP_COPY), 0);
+    let all = read_all(&mut from, 1 << 20);
+    assert_eq!(all.len() as u64, 8 + BAR0);
+    assert!(read_all(&mut from, 10).is_empty(), "it is a stream");
+    // A new session begins anew.
+    assert_eq!((go(&mut from, STOP), go(&mut from, STOP_COPY)), (0, 0));
+    assert!(read_all(&mut from, 99_991) == all);
+    assert_eq!(go(&mut to, RESUMING), 0);
+    for piece in all.chunks(777_777) {
+        assert_eq!(write_state(&mut to, piece), 0);
+    }
+    assert!(target.probe.state().bar0.iter().all(|byte| *byte == 0));
+    assert_eq!(go(&mut to, RUNNING), 0);
+    assert!(target.probe.state().bar0 == data);
+}
+
+#[test]
+fn data_goes_only_where_its_state_allows_and_as_much_as_it_says() {
+    let served = migrating();
+    let mut raw = Raw::ready(&served.path());
+    let read = words(&[16, 8]);
+    for state in [STOP, RUNNING, STOP_COPY, RESUMING] {
+        assert_eq!(go(&mut raw, state), 0);
+        let want = if state == STOP_COPY { 0 } else { EINVAL };
+        assert_eq!(raw.errno(MIG_READ, &read, &[]), want, "{state}");
+        let want = if state == RESUMING { 0 } else { EINVAL };
+        assert_eq!(write_state(&mut raw, &[1]), want, "{state}");
+    }
+    let mut errno = |command, body: &[u8]| raw.errno(command, body, &[]);
+    assert_eq!(
+        errno(MIG_WRITE, &words(&[12, 5, 0])),
+        EINVAL,
+        "less than it says"
+    );
+    assert_eq!(errno(MIG_WRITE, &words(&[12, 3, 0])), EINVAL, "more");
+    assert_eq!(errno(MIG_WRITE, &words(&[12, u32::MAX, 0])), EINVAL);
+    assert_eq!(errno(MIG_WRITE, &[0; 7]), EINVAL);
+    let large = [words(&[0, (1 << 20) + 1]), vec![0; (1 << 20) + 1]].concat();
+    assert_eq!(
+        errno(MIG_WRITE, &large),
+        EINVAL,
+        "more than max_data_xfer_size"
+    );
+    assert_eq!(errno(MIG_READ, &[0; 7]), EINVAL);
+    // Too much in all.
+    let piece = vec![0; 1 << 20];
+    let refused = (0..65).find(|_| write_state(&mut raw, &piece) == E2BIG);
+    assert_eq!(refused, Some(63), "a byte is there already");
+    assert_eq!(go(&mut raw, STOP), EINVAL);
+    assert_eq!((go(&mut raw, STOP), go(&mut raw, STOP_COPY)), (0, 0));
+    let mut errno = |command, body: &[u8]| raw.errno(command, body, &[]);
+    assert_eq!(errno(MIG_READ, &words(&[15, 8])), EINVAL, "no room");
+    let more = (1 << 20) + 1;
+    assert_eq!(errno(MIG_READ, &words(&[8 + more, more])), EINVAL);
+    assert_eq!(errno(MIG_READ, &words(&[u32::MAX, u32::MAX])), EINVAL);
+}
+
+/// "If the delivered data is found to be incomplete, inconsistent, or otherwise invalid, fail the SET command".
+#[test]
+fn data_that_is_no_state_is_refused_and_the_device_stays_as_it_is() {
+    let served = migrating();
+    let mut raw = Raw::ready(&served.path());
+    let body = region_body(0, 0, 4, &[1, 2, 3, 4]);
+    assert_eq!(raw.errno(WRITE, &body, &[]), 0);
+    assert_eq!(go(&mut raw, STOP_COPY), 0);
+    let good = read_all(&mut raw, 1 << 20);
+    let foreign = b"something else".to_vec();
+    for bad in [good[..good.len() - 1].to_vec(), foreign, good[..1].to_vec()] {
+        assert_eq!(go(&mut raw, RESUMING), 0);
+        for piece in bad.chunks(1 << 20) {
+            assert_eq!(write_state(&mut raw, piece), 0);
+        }
+        assert_eq!(go(&mut raw, RUNNING), EINVAL);
+        assert_eq!(state(&mut raw), RESUMING);
+        assert_eq!(go(&mut raw, RUNNING), 0, "without data");
+        let seen = raw.ask(READ, &region_body(0, 0, 4, &[]), &[]);
+        assert_eq!(seen.body[16..], [1, 2, 3, 4]);
+    }
+    served.probe.state().broken = true;
+    assert_eq!((go(&mut raw, STOP), state(&mut raw)), (EBUSY, RUNNING));
+}
+
+/// "VFIO_USER_DEVICE_RESET must be used to return back to RUNNING".
+#[test]
+fn a_reset_and_a_disconnect_end_a_migration() {
+    let served = migrating();
+    for state_then in [STOP, STOP_COPY, RESUMING] {
+        served.probe.wait_detached();
+        served.probe.state().events.clear();
+        let mut raw = Raw::ready(&served.path());
+        assert_eq!(go(&mut raw, state_then), 0);
+        assert_eq!(raw.errno(RESET, &[], &[]), 0);
+        assert_eq!(state(&mut raw), RUNNING);
+        assert_eq!(go(&mut raw, state_then), 0);
+        drop(raw);
+        served.probe.wait_detached();
+        let mut next = Raw::ready(&served.path());
+        assert_eq!(state(&mut next), RUNNING);
+        let events = served.probe.state().events.clone();
+        let want = [
+            "attach", "stop", "reset", "run", "stop", "detach", "run", "attach",
+        ];
+        assert_eq!(events, want);
+    }
+}
+
+#[test]
+fn a_function_without_a_state_to_carry_says_so() {
+    let served = serve();
+    let mut raw = Raw::ready(&served.path());
+    for flags in [GET | MIGRATION, GET | DEVICE_STATE, SET | DEVICE_STATE] {
+        let body = feature_body(16, flags, &[0; 8]);
+        assert_eq!(raw.errno(FEATURE, &body, &[]), 25, "ENOTTY");
+    }
+    assert_eq!(raw.errno(MIG_READ, &words(&[16, 8]), &[]), ENOTSUP);
+    assert_eq!(write_state(&mut raw, &[1; 8]), ENOTSUP);
+}
+
+/// A GPU whose queue has a copy before it when it is stopped: it is done once, by the GPU that goes on.
+#[test]
+fn a_gpus_work_goes_on_in_another_one() {
+    let (source, target) = (aperture::serve(8 * MIB), aperture::serve(8 * MIB));
+    let mut driver = Driver::new(&source);
+    driver.copy(BASE, BASE + PART, 64);
+    assert_eq!(go(&mut driver.raw, STOP), 0);
+    let data: Vec<u8> = (1..=250).cycle().take(0x2000).collect();
+    let written = rustix::io::pwrite(&driver.ram, &data, DATA - RAM);
+    assert_eq!(written, Ok(data.len()));
+    driver.begin_copy(DATA, BASE + 0x100, 0x2000);
+    assert_eq!(go(&mut driver.raw, STOP_COPY), 0);
+    let state_of_source = read_all(&mut driver.raw, 4096);
+    assert!(
+        driver
+            .read(APERTURE, 0x100, 0x2000)
+            .iter()
+            .all(|byte| *byte == 0)
+    );
+
+    let mut raw = Raw::ready(&target.path());
+    let ram = driver.ram.try_clone().unwrap();
+    let map = map_body(3, 0, RAM, 0x1_0000);
+    assert_eq!(raw.errno(DMA_MAP, &map, &[ram.as_fd()]), 0);
+    assert_eq!(go(&mut raw, RESUMING), 0);
+    // Cut short, foreign, or of another GPU: refused, and another can be written.
+    let mut other: serde_json::Value = serde_json::from_slice(&state_of_source).unwrap();
+    other["shape"]["queues"] = 77.into();
+    for bad in [
+        state_of_source[..state_of_source.len() / 2].to_vec(),
+        b"{}".to_vec(),
+        other.to_string().into_bytes(),
+    ] {
+        assert_eq!(write_state(&mut raw, &bad), 0);
+        assert_eq!(go(&mut raw, STOP), EINVAL);
+    }
+    assert_eq!(write_state(&mut raw, &state_of_source), 0);
+    assert_eq!(go(&mut raw, STOP), 0);
+    let mut went_on = Driver {
+        raw,
+        ram,
+        write_pointer: driver.write_pointer,
+    };
+    assert!(
+        went_on
+            .read(APERTURE, 0x100, 0x2000)
+            .iter()
+            .all(|byte| *byte == 0)
+    );
+    assert_eq!(go(&mut went_on.raw, RUNNING), 0);
+    went_on.end_copy();
+    assert!(went_on.read(APERTURE, 0x100, 0x2000) == data);
+    let packets = went_on.get32(queue::BASE, &queue::PACKETS);
+    assert_eq!(packets, 2);
+    let claimed = went_on.get32(partition::BASE, &partition::STATE);
+    assert_eq!(claimed, OwnerState::Claimed.code());
+    went_on.copy(DATA, BASE + PART, 0x1000);
+    // A GPU in use takes no other's state.
+    assert_eq!(go(&mut went_on.raw, RESUMING), 0);
+    assert_eq!(write_state(&mut went_on.raw, &state_of_source), 0);
+    assert_eq!(go(&mut went_on.raw, STOP), EEXIST);
+    assert_eq!(go(&mut went_on.raw, RUNNING), 0);
+    went_on.copy(DATA, BASE + PART, 0x1000);
+    // The source does nothing more when its client leaves, and is free for the next.
+    drop(driver);
+    let mut next = Raw::ready(&source.path());
+    assert_eq!(state(&mut next), RUNNING);
+    let seen = next.ask(READ, &region_body(0x100, APERTURE, 0x2000, &[]), &[]);
+    assert!(seen.body[16..].iter().all(|byte| *byte == 0));
+}
