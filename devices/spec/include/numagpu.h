@@ -572,7 +572,7 @@
 #define NUMAGPU_CAPS_PARTITION_MODES 8u
 /* Time stamps are those of a model, see `CLOCK.MODE`. */
 #define NUMAGPU_CAPS_MODELLED_TIME 0x10u
-/* Queues have `kick` and `QUEUE.WPTR_POLL`. */
+/* Queues have `kick` and `QUEUE.WPTR_POLL`; not where VMMs map the doorbells. */
 #define NUMAGPU_CAPS_KICKS 0x20u
 
 /* Bits of `IRQ.STATUS` and `IRQ.ENABLE`. */

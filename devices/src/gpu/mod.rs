@@ -192,7 +192,7 @@ impl Gpu {
                 config_size: u32::try_from(CONFIG_SIZE).unwrap_or(4096),
                 msix_vectors: pci::VECTOR_COUNT,
             },
-            kicks: (0..u64::from(config.queues))
+            kicks: (0..kicks(&config))
                 .map(|queue| Kick {
                     bar: pci::BAR_DOORBELLS,
                     offset: u64::from(pci::KICK_OFFSET) + queue * pci::DOORBELL_STRIDE,
@@ -385,6 +385,14 @@ impl Gpu {
                 hbm_latency_ns: self.config.hbm_latency_ns,
             },
         }
+    }
+}
+
+/// Queues that hear kicks: none where VMMs map the page, since what is stored there may be zero and goes unseen.
+fn kicks(config: &GpuConfig) -> u64 {
+    match config.doorbells {
+        Some(_) => 0,
+        None => config.queues.into(),
     }
 }
 

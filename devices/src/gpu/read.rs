@@ -70,7 +70,8 @@ impl Gpu {
         let config = &self.config;
         match offset {
             o if o == identity::CAPS.offset => {
-                let mut caps = Caps::KICKS;
+                let mut caps = Caps::empty();
+                caps.set(Caps::KICKS, config.doorbells.is_none());
                 let has_hbm = !config.partitions.is_empty();
                 let is_coherent = config.aperture.is_none_or(|it| it.coherent);
                 caps.set(Caps::COHERENT_HBM, has_hbm && is_coherent);

@@ -57,7 +57,7 @@ bitflags! {
         const PARTITION_MODES = 1 << 3;
         /// Time stamps are those of a model, see `CLOCK.MODE`.
         const MODELLED_TIME = 1 << 4;
-        /// Queues have [`crate::pci::kick`] and `QUEUE.WPTR_POLL`.
+        /// Queues have [`crate::pci::kick`] and `QUEUE.WPTR_POLL`; not where VMMs map the doorbells.
         const KICKS = 1 << 5;
     }
 }
