@@ -44,12 +44,11 @@ impl Drop for Qtest {
 }
 
 /// The plan's command line with a test instead of processors, and nothing to boot.
-fn arguments(plan: &Plan, instance: &Instance, socket: &Path) -> Vec<String> {
+fn arguments(plan: &Plan, instance: &Instance, boot: BootPath, socket: &Path) -> Vec<String> {
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let hbm = instance.hbm_paths_for_child();
     let host = Host {
-        // The limit on ranges under OVMF is the firmware's, and none runs.
-        boot: BootPath::SeaBios,
+        boot,
         accel: "qtest".to_owned(),
         hbm: hbm.iter().map(|path| text(path)).collect(),
         sockets: instance.sockets().map(text).collect(),
@@ -79,12 +78,25 @@ impl Qtest {
     /// With what QEMU said, if it ends instead.
     #[track_caller]
     pub fn start(qemu: &Path, plan: &Plan, instance: &Instance, directory: &Path) -> Qtest {
+        // The limit on ranges under OVMF is the firmware's, and none runs.
+        Qtest::start_as(BootPath::SeaBios, qemu, plan, instance, directory)
+    }
+
+    /// The same, put together as for a way to boot: for [`BootPath::Qboot`] all functions are on the root bus.
+    #[track_caller]
+    pub fn start_as(
+        boot: BootPath,
+        qemu: &Path,
+        plan: &Plan,
+        instance: &Instance,
+        directory: &Path,
+    ) -> Qtest {
         let socket = directory.join("qtest.sock");
         let listener = UnixListener::bind(&socket).expect("bind a socket");
         listener.set_nonblocking(true).expect("a socket's mode");
         let mut command = Command::new(qemu);
         command
-            .args(arguments(plan, instance, &socket))
+            .args(arguments(plan, instance, boot, &socket))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
@@ -130,9 +142,38 @@ impl Qtest {
         }
     }
 
+    /// Reads or writes configuration space of a function on the root bus, 4 bytes at `offset`, by the ports of PCI Local
+    /// Bus 3.0 section 3.2.2.3.2.
+    #[track_caller]
+    pub fn config(&mut self, device: u8, offset: u8, value: Option<u32>) -> u32 {
+        let address = 0x8000_0000 | u32::from(device) << 11 | u32::from(offset);
+        self.command(&format!("outl 0xcf8 {address:#x}"));
+        match value {
+            Some(value) => {
+                self.command(&format!("outl 0xcfc {value:#x}"));
+                value
+            }
+            None => u32::try_from(number(&self.command("inl 0xcfc"))).expect("4 bytes"),
+        }
+    }
+
+    /// Reads 4 or 8 bytes at an address.
+    #[track_caller]
+    pub fn read(&mut self, at: u64, bytes: u32) -> u64 {
+        let letter = if bytes == 8 { 'q' } else { 'l' };
+        number(&self.command(&format!("read{letter} {at:#x}")))
+    }
+
+    /// Writes 4 or 8 bytes at an address.
+    #[track_caller]
+    pub fn write(&mut self, at: u64, bytes: u32, value: u64) {
+        let letter = if bytes == 8 { 'q' } else { 'l' };
+        self.command(&format!("write{letter} {at:#x} {value:#x}"));
+    }
+
     /// Reads the guest's RAM.
     #[track_caller]
-    fn memory(&mut self, at: u64, len: usize) -> Vec<u8> {
+    pub fn memory(&mut self, at: u64, len: usize) -> Vec<u8> {
         let answer = self.command(&format!("read {at:#x} {len:#x}"));
         let hex = answer.strip_prefix("0x").expect("hexadecimal digits");
         let byte = |pair: &[u8]| {
@@ -185,6 +226,12 @@ impl Qtest {
         }
         panic!("fw_cfg has no {name}");
     }
+}
+
+/// A number as QEMU writes it.
+fn number(text: &str) -> u64 {
+    let digits = text.strip_prefix("0x").expect("hexadecimal digits");
+    u64::from_str_radix(digits, 16).expect("a number")
 }
 
 /// What a QEMU that is no longer wanted has said.
