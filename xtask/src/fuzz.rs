@@ -1,4 +1,4 @@
-//! `cargo xtask fuzz`: the fuzz targets of the GPU model, on stable Rust.
+//! `cargo xtask fuzz`: the fuzz targets of the GPU model and of the vfio-user server, on stable Rust.
 //!
 //! The compiler's own coverage pass puts counters into everything but the standard library, and libFuzzer, which
 //! comes with the crate `libfuzzer-sys` and is built by a C++ compiler, drives the programs. Only this build has the
@@ -14,11 +14,16 @@ use anyhow::{Context, Result, bail};
 use crate::guest::host;
 use crate::workspace::{self, Workspace};
 
-/// The package of the targets.
-const PACKAGE: &str = "numagpu-devices-fuzz";
+/// The targets, which are programs of [`package`].
+const TARGETS: [&str; 6] = ["bar", "config", "packets", "ownership", "wire", "session"];
 
-/// The targets, which are its programs.
-const TARGETS: [&str; 4] = ["bar", "config", "packets", "ownership"];
+/// The package of a target, and the package's directory.
+fn package(target: &str) -> (&'static str, &'static str) {
+    match target {
+        "wire" | "session" => ("numagpu-vmm-glue-fuzz", "vmm-glue/fuzz"),
+        _ => ("numagpu-devices-fuzz", "devices/fuzz"),
+    }
+}
 
 /// What makes counters: the flags of cargo-fuzz, without a sanitizer, which stable Rust does not have.
 const FLAGS: [&str; 8] = [
@@ -112,11 +117,11 @@ fn build(workspace: &Workspace, names: &[&str]) -> Result<PathBuf> {
     let triple = triple()?;
     let mut command = workspace.cargo();
     command
-        .args(["build", "--package", PACKAGE, "--profile", "fuzz"])
+        .args(["build", "--profile", "fuzz"])
         // With a target named, flags are for the targets only, and not for programs that build them.
         .args(["--target", &triple]);
     for name in names {
-        command.args(["--bin", name]);
+        command.args(["--package", package(name).0, "--bin", name]);
     }
     command.env("RUSTFLAGS", FLAGS.join(" "));
     command.env_remove("CARGO_ENCODED_RUSTFLAGS");
@@ -197,7 +202,8 @@ fn fuzz(workspace: &Workspace, program: &Path, name: &str, options: &Options) ->
     for dir in [&kept, &found] {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
-    let seeds = workspace.root.join("devices/fuzz/corpus").join(name);
+    let (package, dir) = package(name);
+    let seeds = workspace.root.join(dir).join("corpus").join(name);
     let mut command = Command::new(program);
     command
         .current_dir(&found)
@@ -217,7 +223,7 @@ fn fuzz(workspace: &Workspace, program: &Path, name: &str, options: &Options) ->
         let mut what = format!("{name}: {error:#}");
         if let Some(file) = &done.failed {
             what += &format!(
-                "\nto replay it: cargo run --package {PACKAGE} --bin {name} -- {file}\n\
+                "\nto replay it: cargo run --package {package} --bin {name} -- {file}\n\
                  as it was found: {} {file}",
                 program.display(),
                 file = file.display()

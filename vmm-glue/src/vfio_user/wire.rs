@@ -58,7 +58,7 @@ pub mod command {
 }
 
 /// Bits of the header's flags (specification, "Header").
-mod flag {
+pub mod flag {
     /// Mask of the message type.
     pub const TYPE: u32 = 0xf;
     /// The type of a command.

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::Finding;
 
 /// Each crate, and the crates of the workspace that it may use.
-const ARROWS: [(&str, &[&str]); 9] = [
+const ARROWS: [(&str, &[&str]); 10] = [
     ("numagpu-topology", &[]),
     ("numagpu-spec", &[]),
     ("numagpu-devices", &["numagpu-spec", "numagpu-topology"]),
@@ -16,6 +16,10 @@ const ARROWS: [(&str, &[&str]); 9] = [
     (
         "numagpu-vmm-glue",
         &["numagpu-devices", "numagpu-spec", "numagpu-topology"],
+    ),
+    (
+        "numagpu-vmm-glue-fuzz",
+        &["numagpu-devices", "numagpu-vmm-glue"],
     ),
     (
         "numagpu-agent",
@@ -47,11 +51,12 @@ const ARROWS: [(&str, &[&str]); 9] = [
 ];
 
 /// Crates that hold no unsafe code, by the compiler's word.
-const SAFE: [&str; 4] = [
+const SAFE: [&str; 5] = [
     "numagpu-topology",
     "numagpu-spec",
     "numagpu-devices",
     "numagpu-devices-fuzz",
+    "numagpu-vmm-glue-fuzz",
 ];
 
 /// How a crate's root says so.
