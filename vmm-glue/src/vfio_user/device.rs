@@ -10,6 +10,7 @@ use super::dma::dirty::{self, DirtyError};
 use super::dma::{DmaTable, MapError};
 use super::features::{self, Ask};
 use super::irq::{self, IrqTable};
+use super::kicks::Kicks;
 use super::migration::{self, Migration};
 use super::refusal::Refusal;
 use super::regions::{self, Regions};
@@ -38,6 +39,8 @@ pub struct Device {
     irq: Arc<IrqTable>,
     client: Arc<Client>,
     migration: Migration,
+    /// Made when the client first asks for events.
+    kicks: Option<Kicks>,
     limits: Limits,
     /// Most file descriptors that the client takes with one message.
     max_fds: usize,
@@ -59,6 +62,7 @@ impl Device {
             irq: Arc::new(IrqTable::new(vectors)),
             client,
             migration: Migration::default(),
+            kicks: None,
             limits,
             max_fds: 1,
             attached: false,
@@ -151,6 +155,10 @@ impl Device {
                 self.check_transfer(data.len() as u64)?;
                 Ok(self.migration.write(data)?)
             }
+            Request::GetRegionIoFds { .. } => {
+                self.start_kicks();
+                self.info(request, reply)
+            }
             info => self.info(info, reply),
         }
     }
@@ -169,7 +177,7 @@ impl Device {
                 if self.regions.size(index)? == 0 {
                     return Err(Refusal::Region { index });
                 }
-                io_fds::describe(&*self.function, index, argsz, self.max_fds, reply);
+                io_fds::describe(self.io_fds(), index, argsz, reply);
             }
             Request::GetIrqInfo { index } => {
                 let (flags, count) = self.irq.info(index)?;
@@ -186,7 +194,25 @@ impl Device {
         match files {
             Files::None => Vec::new(),
             Files::Bar(bar) => self.function.bar_file(bar).into_iter().collect(),
-            Files::Io(bar) => io_fds::files(&*self.function, bar, self.max_fds),
+            Files::Io(bar) => io_fds::files(self.io_fds(), bar),
+        }
+    }
+
+    fn io_fds(&self) -> io_fds::Source<'_> {
+        io_fds::Source {
+            function: &*self.function,
+            kicks: self.kicks.as_ref(),
+            max_fds: self.max_fds,
+        }
+    }
+
+    /// A client asks for events: from now on there are some. Without, it sends its writes.
+    fn start_kicks(&mut self) {
+        if self.kicks.is_none() {
+            match Kicks::start(&self.function) {
+                Ok(kicks) => self.kicks = kicks,
+                Err(error) => tracing::warn!("kicks have no events: {error}"),
+            }
         }
     }
 
@@ -386,6 +412,7 @@ impl Device {
 
     /// Takes the client's memory and interrupts from the function, then the function from the client.
     pub fn disconnect(&mut self) {
+        self.kicks = None;
         self.dma.disconnect();
         self.irq.disable();
         if std::mem::take(&mut self.attached) {

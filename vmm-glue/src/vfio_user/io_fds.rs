@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 use numagpu_devices::bus::{IoFd, PciFunction};
 
 use super::MAX_FDS;
+use super::kicks::Kicks;
 use super::wire::{Files, Reply};
 
 /// Bytes of the reply's fixed part, and of each sub-region.
@@ -23,10 +24,28 @@ const DATAMATCH: u32 = 1 << 0;
 /// Sub-regions with the place of their descriptor among those that go with the reply.
 type Chosen<'f> = (Vec<(u32, IoFd<'f>)>, Vec<BorrowedFd<'f>>);
 
-/// What can be told to a client that takes so many descriptors with a message. Sub-regions may share one.
-fn choose(function: &dyn PciFunction, bar: u8, max_fds: usize) -> Chosen<'_> {
+/// What a client may be told of.
+#[derive(Clone, Copy)]
+pub struct Source<'f> {
+    /// Whose sub-regions.
+    pub function: &'f dyn PciFunction,
+    /// Its kicks, where they have events.
+    pub kicks: Option<&'f Kicks>,
+    /// Most descriptors that the client takes with a message.
+    pub max_fds: usize,
+}
+
+/// What can be told to the client. Sub-regions may share a descriptor.
+fn choose(source: Source<'_>, bar: u8) -> Chosen<'_> {
+    let Source {
+        function,
+        kicks,
+        max_fds,
+    } = source;
     let (mut entries, mut files) = (Vec::new(), Vec::<BorrowedFd<'_>>::new());
-    for entry in function.io_fds(bar).into_iter().take(MAX_ENTRIES) {
+    let kicks = kicks.into_iter().flat_map(|kicks| kicks.of(bar));
+    let all = function.io_fds(bar).into_iter().chain(kicks);
+    for entry in all.take(MAX_ENTRIES) {
         let same = |file: &BorrowedFd<'_>| file.as_raw_fd() == entry.event.as_raw_fd();
         let place = files.iter().position(same);
         let place = place.or_else(|| {
@@ -44,15 +63,9 @@ fn choose(function: &dyn PciFunction, bar: u8, max_fds: usize) -> Chosen<'_> {
 
 /// Puts the body of a reply for a client that has room for `argsz` bytes. Where not all fits, only the fixed part is
 /// there, which says how much room is needed.
-pub fn describe(
-    function: &dyn PciFunction,
-    index: u32,
-    argsz: u32,
-    max_fds: usize,
-    reply: &mut Reply,
-) {
+pub fn describe(source: Source<'_>, index: u32, argsz: u32, reply: &mut Reply) {
     let bar = u8::try_from(index).ok().filter(|bar| *bar < 6);
-    let (entries, _) = bar.map_or_else(Default::default, |bar| choose(function, bar, max_fds));
+    let (entries, _) = bar.map_or_else(Default::default, |bar| choose(source, bar));
     let count = u32::try_from(entries.len()).unwrap_or(0);
     let need = HEAD + ENTRY * count;
     let fits = argsz >= need;
@@ -77,6 +90,6 @@ pub fn describe(
 }
 
 /// The descriptors that go with what [`describe`] put.
-pub fn files(function: &dyn PciFunction, bar: u8, max_fds: usize) -> Vec<BorrowedFd<'_>> {
-    choose(function, bar, max_fds).1
+pub fn files(source: Source<'_>, bar: u8) -> Vec<BorrowedFd<'_>> {
+    choose(source, bar).1
 }

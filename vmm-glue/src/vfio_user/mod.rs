@@ -16,6 +16,7 @@
 //! - [`dma::dirty`]: which pages the device wrote; [`migration`]: its state on the way to another process.
 //! - [`version`]: negotiation of version and capabilities.
 //! - [`client`]: the socket as it is written to, and `DMA_READ` and `DMA_WRITE` to the client.
+//! - `io_fds`, `kicks`: event descriptors that a client's kernel signals in place of writes.
 //! - [`irq`]: the client's event descriptors, as the function's `InterruptSink`.
 //!
 //! Not here: interrupts other than MSI-X, `PRE_COPY`, ioregionfds, a second socket for the server's commands.
@@ -30,6 +31,7 @@ mod features;
 pub mod framing;
 mod io_fds;
 pub mod irq;
+mod kicks;
 pub mod listener;
 pub mod migration;
 pub mod polling;

@@ -1,6 +1,15 @@
 //! Writes that come as events (specification, `VFIO_USER_DEVICE_GET_REGION_IO_FDS`).
 
+use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
+
+use numagpu_devices::spec::regs::{BootState, QUEUE_ENABLE, boot, queue};
+use numagpu_devices::spec::table::Reg;
+use numagpu_devices::spec::{pci, sdma};
+use numagpu_devices::{Fabric, Gpu, GpuConfig};
+use numagpu_vmm_glue::vfio_user::Server;
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::{pread, pwrite, write};
 
 use crate::device::{Served, serve_with};
 use crate::raw::*;
@@ -102,4 +111,77 @@ fn what_is_not_asked_for_rightly_is_refused() {
     }
     let config = raw.ask(IO_FDS, &words(&[200, 0, 7, 0]), &[]);
     assert_eq!(config.body, words(&[16, 0, 7, 0]));
+}
+
+/// Guest RAM: the ring, the write pointer, and where a fence goes.
+const RAM: u64 = 0x10_0000;
+const POINTER: u64 = 0x1000;
+const FENCE: u64 = 0x2000;
+
+#[test]
+fn a_gpus_kicks_are_events_and_work_without_a_message() {
+    let config = GpuConfig {
+        boot_delay: Duration::ZERO,
+        ..GpuConfig::new(0, Vec::new())
+    };
+    let gpu = Gpu::new(config, Fabric::new()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::bind(dir.path().join("gpu0"), gpu).unwrap();
+    for _client in 0..2 {
+        let mut raw = Raw::ready(server.path());
+        let ram = memfd(0x1_0000);
+        let map = map_body(3, 0, RAM, 0x1_0000);
+        assert_eq!(raw.errno(DMA_MAP, &map, &[ram.as_fd()]), 0);
+        let doorbells = u32::from(pci::BAR_DOORBELLS);
+        let ask = words(&[16 + 2 * 40, 0, doorbells, 0]);
+        let (answer, events) = raw.ask_for_fds(IO_FDS, &ask);
+        // Any size, any value: one event for each queue.
+        let kick = |place: u32| {
+            let offset = 0x800 + 8 * u64::from(place);
+            [longs(&[offset, 0]), words(&[place, 0, 0, 0]), longs(&[0])].concat()
+        };
+        let head = words(&[16 + 2 * 40, 0, doorbells, 2]);
+        assert_eq!(answer.body, [head, kick(0), kick(1)].concat());
+        assert_eq!(events.len(), 2);
+
+        let mut send = |region, offset, data: &[u8]| {
+            let count = u32::try_from(data.len()).unwrap();
+            let body = region_body(offset, region, count, data);
+            assert_eq!(raw.errno(WRITE, &body, &[]), 0);
+        };
+        let mut set = |base: u32, reg: &Reg, value: u64| {
+            let data = value.to_le_bytes();
+            let data = data.get(..reg.width.bytes() as usize).unwrap();
+            send(pci::BAR_REGISTERS.into(), (base + reg.offset).into(), data);
+        };
+        set(boot::BASE, &boot::CONTROL, 1);
+        set(queue::BASE, &queue::RING_BASE, RAM);
+        set(queue::BASE, &queue::RING_SIZE, 4096);
+        set(queue::BASE, &queue::WPTR_POLL, RAM + POINTER);
+        send(7, 4, &[6, 0]);
+        let status = region_body((boot::BASE + boot::STATUS.offset).into(), 0, 4, &[]);
+        let status = raw.ask(READ, &status, &[]).body;
+        assert_eq!(
+            status.get(16),
+            Some(&u8::try_from(BootState::Ready.code()).unwrap())
+        );
+        let control = (queue::BASE + queue::CONTROL.offset).into();
+        let enable = region_body(control, 0, 4, &QUEUE_ENABLE.to_le_bytes());
+        assert_eq!(raw.errno(WRITE, &enable, &[]), 0);
+
+        for round in 1..=3_u32 {
+            let packet = words(&sdma::fence(RAM + FENCE, round));
+            let at = u64::from(round - 1) * packet.len() as u64;
+            pwrite(&ram, &packet, at).unwrap();
+            let end = at + packet.len() as u64;
+            pwrite(&ram, &end.to_le_bytes(), POINTER).unwrap();
+            write(&events[0], &1_u64.to_ne_bytes()).unwrap();
+            let since = Instant::now();
+            let mut word = [0; 4];
+            while u32::from_le_bytes(word) != round {
+                assert!(since.elapsed() < Duration::from_secs(10), "round {round}");
+                pread(&ram, &mut word, FENCE).unwrap();
+            }
+        }
+    }
 }
