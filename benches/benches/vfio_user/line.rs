@@ -13,7 +13,8 @@ use numagpu_devices::bus::{Attachment, Bar, FunctionLayout, PciFunction, ResetKi
 use numagpu_vmm_glue::vfio_user::{Listener, Polling, Server};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tempfile::TempDir;
-use vfio_user::{DmaMapFlags, DmaUnmapFlags, ServerBackend};
+use vfio_bindings::bindings::vfio::vfio_region_info;
+use vfio_user::{DmaMapFlags, DmaUnmapFlags, ServerBackend, ServerRegion};
 
 /// Bytes of a read request and of its reply with 4 bytes of data; a 4-byte write is as long as the latter.
 const REQUEST: usize = 32;
@@ -143,7 +144,19 @@ impl Served {
     pub fn peer() -> Served {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("peer");
-        let server = vfio_user::Server::new(&path, true, Vec::new(), Vec::new()).unwrap();
+        let region = ServerRegion {
+            region_info: vfio_region_info {
+                argsz: 32,
+                flags: 3,
+                index: 0,
+                cap_offset: 0,
+                size: 4096,
+                offset: 0,
+            },
+            sparse_areas: Vec::new(),
+            mmap_fd: None,
+        };
+        let server = vfio_user::Server::new(&path, true, Vec::new(), vec![region]).unwrap();
         std::thread::spawn(move || while server.run(&mut Peer::default()).is_ok() {});
         Served {
             path,
