@@ -197,6 +197,10 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             .extend([9, 0, 4, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         it.send(command::GET_INFO, words(&[16, 0, 0, 0]));
     });
+    seed("a_size_that_cannot_be_of_no_kind", &|it| {
+        it.bytes
+            .extend([9, 0, 4, 0, 3, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0]);
+    });
     seed("cut", &|it| {
         let body = words(&[0, 0, 0, 4]);
         it.message(command::REGION_READ, 0, [0, 0, 7, 0], &body);

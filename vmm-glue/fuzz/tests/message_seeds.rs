@@ -57,6 +57,8 @@ fn sessions_answer_each_command_once() {
         assert_eq!(run("refusals").good, 1);
         let tally = run("a_size_that_cannot_be");
         assert_eq!((tally.messages, tally.good, tally.refused), (1, 1, 1));
+        let tally = run("a_size_that_cannot_be_of_no_kind");
+        assert_eq!((tally.messages, tally.good, tally.refused), (1, 1, 1));
         let tally = run("cut");
         assert_eq!((tally.messages, tally.good), (2, 2));
         run("migration");

@@ -67,7 +67,7 @@ impl Session {
                     Ok(Some(message)) => message,
                     Ok(None) => break,
                     Err((header, refusal)) => {
-                        if header.kind() == Kind::Command && !header.no_reply() {
+                        if header.kind() != Kind::Reply && !header.no_reply() {
                             let reply = self.reply.refuse(&header, refusal.errno());
                             self.client.reply(reply, &[])?;
                         }
