@@ -1,13 +1,12 @@
 //! A target as an ordinary program: runs the inputs that it is given as files.
 
 use std::ffi::OsString;
+use std::fmt::Debug;
 use std::process::ExitCode;
-
-use crate::Tally;
 
 /// Runs the files named on the command line one after the other. A failed check ends the program, whichever thread
 /// meets it.
-pub fn main(run: fn(&[u8]) -> Tally) -> ExitCode {
+pub fn main<T: Debug>(run: fn(&[u8]) -> T) -> ExitCode {
     let files: Vec<OsString> = std::env::args_os().skip(1).collect();
     if files.is_empty() {
         eprintln!("usage: name the files to replay; to fuzz, run cargo xtask fuzz");

@@ -9,10 +9,9 @@
 //! | [`wire`] | decodes them, without a server |
 //! | [`session`] | sends them to a GPU's session, and holds every reply against what the specification says |
 //! | [`seeds`] | where the fuzzer begins |
-//! | [`replay`] | a target as an ordinary program, for inputs that were found |
 //!
 //! `cargo xtask fuzz` builds the programs of `src/bin` with coverage counters and libFuzzer. Built in any other way
-//! they replay the files they are given. `cargo run -p numagpu-vmm-glue-fuzz --example message_seeds` writes the corpus anew.
+//! they replay the files they are given (`numagpu_devices_fuzz::replay`). `cargo run -p numagpu-vmm-glue-fuzz --example message_seeds` writes the corpus anew.
 
 #![forbid(unsafe_code)]
 #![allow(
@@ -23,7 +22,6 @@
 )]
 
 pub mod messages;
-pub mod replay;
 pub mod seeds;
 pub mod session;
 pub mod wire;

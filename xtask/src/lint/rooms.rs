@@ -19,7 +19,11 @@ const ARROWS: [(&str, &[&str]); 10] = [
     ),
     (
         "numagpu-vmm-glue-fuzz",
-        &["numagpu-devices", "numagpu-vmm-glue"],
+        &[
+            "numagpu-devices",
+            "numagpu-devices-fuzz",
+            "numagpu-vmm-glue",
+        ],
     ),
     (
         "numagpu-agent",

@@ -13,5 +13,5 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
 
 #[cfg(not(fuzzing))]
 fn main() -> std::process::ExitCode {
-    numagpu_vmm_glue_fuzz::replay::main(numagpu_vmm_glue_fuzz::wire::run)
+    numagpu_devices_fuzz::replay::main(numagpu_vmm_glue_fuzz::wire::run)
 }
