@@ -27,7 +27,7 @@ const MAX_EXPANDERS: usize = 28;
 pub struct Host {
     /// How the guest learns of its HBM.
     pub boot: BootPath,
-    /// Accelerator: `tcg` or `kvm`.
+    /// Accelerator: `tcg`, `mttcg` (TCG with a thread for each CPU) or `kvm`.
     pub accel: String,
     /// Firmware image, if QEMU's own SeaBIOS is not to be used.
     pub firmware: Option<String>,
@@ -195,12 +195,15 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
         let size = plan.holes.pci_hole64;
         arg("-global", format!("q35-pcihost.pci-hole64-size={size}"));
     }
-    let thread = if host.accel == "tcg" {
-        ",thread=multi"
-    } else {
-        ""
+    // Linux patches its own code while other CPUs run it, by way of an int3 that is gone a moment later. With a thread
+    // for each CPU, QEMU up to 11.1 may run the int3 after it was taken away, which Linux takes for a breakpoint that
+    // nobody set, and now and then a boot ends in "Oops: int3".
+    let accel = match host.accel.as_str() {
+        "tcg" => "tcg,thread=single",
+        "mttcg" => "tcg,thread=multi",
+        other => other,
     };
-    arg("-accel", format!("{}{thread}", host.accel));
+    arg("-accel", accel.to_owned());
     let cpu = if host.accel == "kvm" { "host" } else { "max" };
     // QEMU keeps AMD's range free for CPUs that say they are AMD's, as those of its own emulation do.
     let vendor = if plan.holes.amd {

@@ -106,7 +106,24 @@ fn plain(line: &str) -> String {
     plain.chars().take(200).collect()
 }
 
-/// The last lines of a file, for an error message.
+/// The last lines, or those from a kernel's first cry on: what it says there is the cause, and all after it a register
+/// dump.
+fn last_words<'a, 'b>(lines: &'a [&'b str]) -> &'a [&'b str] {
+    const LINES: usize = 15;
+    const CRIES: [&str; 4] = ["Oops: ", "BUG: ", "kernel BUG at ", "Kernel panic - "];
+    let end = lines.len();
+    let cry = lines
+        .iter()
+        .position(|line| CRIES.iter().any(|cry| line.contains(cry)));
+    let from = end.saturating_sub(LINES);
+    let (from, to) = match cry {
+        Some(cry) if cry < from => (cry, (cry + 2 * LINES).min(end)),
+        _ => (from, end),
+    };
+    lines.get(from..to).unwrap_or_default()
+}
+
+/// The last words of a file, for an error message.
 fn tail(title: &str, path: &Path) -> String {
     let text = fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&text).into_owned();
@@ -114,10 +131,7 @@ fn tail(title: &str, path: &Path) -> String {
         .lines()
         .filter(|line| !plain(line).trim().is_empty())
         .collect();
-    let last = lines
-        .get(lines.len().saturating_sub(15)..)
-        .unwrap_or_default();
-    let last: Vec<String> = last.iter().map(|line| plain(line)).collect();
+    let last: Vec<String> = last_words(&lines).iter().map(|line| plain(line)).collect();
     if last.is_empty() {
         String::new()
     } else {
@@ -300,6 +314,20 @@ mod tests {
         assert_eq!(plain(console), "EFI stub: Loaded");
         assert_eq!(plain("\u{1b}[0"), "");
         assert_eq!(plain(&"x".repeat(500)).len(), 200);
+    }
+
+    #[test]
+    fn what_a_kernel_died_of_is_not_lost_behind_its_registers() {
+        let dump: Vec<String> = (0..60).map(|n| format!("register {n}")).collect();
+        let mut lines = vec!["booting", "Oops: int3: 0000 [#1] SMP"];
+        lines.extend(dump.iter().map(String::as_str));
+        let words = last_words(&lines);
+        assert_eq!(words.first(), Some(&"Oops: int3: 0000 [#1] SMP"));
+        assert_eq!(words.len(), 30);
+        // A cry among the last lines does not cut what was before it.
+        let words = last_words(&lines[..10]);
+        assert_eq!(words.first(), Some(&"booting"));
+        assert_eq!(last_words(&lines[2..]).len(), 15);
     }
 
     #[test]

@@ -334,8 +334,9 @@ pub struct RunArgs {
     /// `ovmf`, `seabios`, `qboot`, or the file of an OVMF of edk2-stable202605 or newer.
     #[arg(long, value_name = "ovmf|seabios|qboot|PATH", default_value = "ovmf")]
     pub firmware: String,
-    /// Accelerator; by default kvm where a Linux guest runs under it, else tcg.
-    #[arg(long, value_name = "kvm|tcg", value_parser = ["kvm", "tcg"])]
+    /// Accelerator; by default kvm where a Linux guest runs under it, else tcg. `mttcg` is TCG with a thread for each
+    /// CPU: faster where a guest keeps many CPUs busy, but a boot of Linux now and then ends in "Oops: int3".
+    #[arg(long, value_name = "kvm|tcg|mttcg", value_parser = ["kvm", "tcg", "mttcg"])]
     pub accel: Option<String>,
     /// Existing directory for HBM files; without it, HBM is memory without a file.
     #[arg(long, value_name = "DIR")]
