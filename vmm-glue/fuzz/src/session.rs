@@ -84,7 +84,7 @@ pub fn run(stream: &[u8]) -> Tally {
     let session = std::thread::spawn(move || {
         let server = Arc::new(OwnedFd::from(server));
         // Why it ended is the client's doing.
-        let _ended = Session::new(function, server, Limits::default()).run();
+        let _ended = Session::new(function, server, Limits::default()).run(|| ());
     });
     let mut client = Client {
         socket: client,

@@ -49,13 +49,15 @@ impl Session {
         self
     }
 
-    /// Serves until the client disconnects. The function is detached then, and nothing of the client's is kept.
+    /// Serves until the client disconnects. `leaving` is called then; after that the function is detached, and nothing
+    /// of the client's is kept.
     ///
     /// # Errors
     /// What ended the session other than a plain disconnect.
-    pub fn run(mut self) -> Result<(), SessionError> {
+    pub fn run(mut self, leaving: impl FnOnce()) -> Result<(), SessionError> {
         self.client.serve_here();
         let result = self.serve();
+        leaving();
         self.device.disconnect();
         result
     }
