@@ -22,7 +22,7 @@ use thiserror::Error;
 use super::Limits;
 use super::listener::{Listener, Name, Source};
 use super::polling::Polling;
-use super::session::Session;
+use super::session::{Buffers, Session};
 
 /// Why a server could not be started.
 #[derive(Debug, Error)]
@@ -295,16 +295,19 @@ impl Shared {
 
     fn stop(&self) {
         let mut state = self.lock();
-        if let State::Serving(client) = std::mem::replace(&mut *state, State::Stopped) {
+        let before = std::mem::replace(&mut *state, State::Stopped);
+        // Ahead of the client's end, after which the serving thread looks for the next one.
+        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+        if let State::Serving(client) = before {
             let _ = shutdown(&*client, Shutdown::Both);
         }
         drop(state);
-        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
         self.changed.notify_all();
     }
 
     /// Body of the serving thread: one client after the other.
     fn serve_all(&self, listener: &OwnedFd, function: &Arc<dyn PciFunction>) {
+        let mut buffers = Buffers::default();
         loop {
             let mut fds = [
                 PollFd::new(listener, PollFlags::IN),
@@ -328,7 +331,7 @@ impl Shared {
             if self.policy.second_client == SecondClient::Refuse {
                 self.changed.notify_all();
             }
-            self.session(&client, function);
+            self.session(&client, function, &mut buffers);
             let mut state = self.lock();
             if !matches!(*state, State::Stopped) {
                 *state = State::Idle;
@@ -339,7 +342,7 @@ impl Shared {
     /// Body of the serving thread where there is but one client.
     fn serve_one(&self, client: Arc<OwnedFd>, function: &Arc<dyn PciFunction>) {
         if !matches!(*self.lock(), State::Stopped) {
-            self.session(&client, function);
+            self.session(&client, function, &mut Buffers::default());
             *self.lock() = State::Stopped;
             drop(client);
             self.changed.notify_all();
@@ -347,11 +350,18 @@ impl Shared {
     }
 
     /// Serves a client until it has gone and its leftovers are cleared away.
-    fn session(&self, client: &Arc<OwnedFd>, function: &Arc<dyn PciFunction>) {
+    fn session(
+        &self,
+        client: &Arc<OwnedFd>,
+        function: &Arc<dyn PciFunction>,
+        buffers: &mut Buffers,
+    ) {
         let session = || {
             let (function, socket) = (Arc::clone(function), Arc::clone(client));
             let session = Session::new(function, socket, self.policy.limits);
-            session.polling(self.policy.polling).run(|| self.leaving())
+            session
+                .polling(self.policy.polling)
+                .run(buffers, || self.leaving())
         };
         let end = catch_unwind(AssertUnwindSafe(session));
         // The refusing thread may hold the connection a little longer; this ends it, and wakes that thread.
