@@ -11,7 +11,7 @@ use super::device::Device;
 use super::framing::Framing;
 use super::polling::{Poller, Polling};
 use super::refusal::Refusal;
-use super::wire::{self, Kind, Reply};
+use super::wire::{self, Files, Kind, Reply};
 use super::{Limits, MAX_FDS};
 
 /// Serves one client until it goes away. Buffers are made at the start; requests allocate nothing but what they
@@ -76,7 +76,10 @@ impl Session {
                 };
                 let header = message.header;
                 if header.kind() == Kind::Reply {
-                    self.client.answer(&header, message.body);
+                    match self.client.has_twin() {
+                        false => self.client.answer(&header, message.body),
+                        true => tracing::debug!(id = header.id, "a reply on the wrong socket"),
+                    }
                     continue;
                 }
                 self.reply.clear();
@@ -104,6 +107,9 @@ impl Session {
                         let files = self.device.files(self.reply.files());
                         let reply = self.reply.finish(&header);
                         self.client.reply(reply, &files)?;
+                        if self.reply.files() == Files::Twin {
+                            self.device.twin_sent();
+                        }
                     }
                     Err(refusal) => {
                         let reply = self.reply.refuse(&header, refusal.errno());
