@@ -446,14 +446,12 @@ impl Wait {
     /// Takes what a reply brings.
     fn settle(&mut self, header: &Header, body: &[u8]) -> Result<(), Failure> {
         if header.is_error() {
-            let errno = i32::try_from(header.error).unwrap_or(0);
-            // The number is optional (specification, "Header").
-            let errno = if errno == 0 {
-                Errno::IO.raw_os_error()
-            } else {
-                errno
+            // The number is optional (specification, "Header"), and may be none that there is.
+            let errno = match i32::try_from(header.error) {
+                Ok(errno @ 1..4096) => Errno::from_raw_os_error(errno),
+                _ => Errno::IO,
             };
-            return Err(Failure::Refused(Errno::from_raw_os_error(errno)));
+            return Err(Failure::Refused(errno));
         }
         let short = Failure::Short(body.len());
         let moved = Moved::decode(header.command, body).ok_or(short)?;

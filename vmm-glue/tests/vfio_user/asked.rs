@@ -460,6 +460,11 @@ fn refusals_and_nonsense_fail_the_access_and_leave_the_stream_in_step() {
     let cases = [
         (EFAULT, vec![], true),
         (ENOSYS, vec![], false),
+        (4095, vec![], true),
+        (4096, vec![], true),
+        (65_536 + ENOSYS, vec![], true),
+        (i32::MAX.unsigned_abs(), vec![], true),
+        (u32::MAX, vec![], true),
         (0, vec![], false),
         (0, at(RAM, 4, &[]), false),
         (0, at(RAM, 4, &[1; 3]), false),
