@@ -1,9 +1,9 @@
 //! Who is let in to a function, and when.
 //!
-//! Two threads per function: one accepts, one serves. A client that comes while another is served is accepted and
-//! closed at once, or waits for its turn ([`SecondClient`]); one that comes while the last one's leftovers are cleared
-//! away waits for that. Where a connected socket was handed over instead of one that listens, nobody accepts, and the
-//! server is over when that client has gone.
+//! Two threads per function: one accepts, one serves. While a client has a second socket, a third one reads there. A
+//! client that comes while another is served is accepted and closed at once, or waits for its turn ([`SecondClient`]);
+//! one that comes while the last one's leftovers are cleared away waits for that. Where a connected socket was handed over
+//! instead of one that listens, nobody accepts, and the server is over when that client has gone.
 
 use std::io;
 use std::os::fd::OwnedFd;

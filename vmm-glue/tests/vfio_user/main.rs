@@ -30,3 +30,5 @@ mod peer;
 mod raw;
 #[cfg(test)]
 mod twin;
+#[cfg(test)]
+mod twin_ends;
