@@ -11,7 +11,7 @@ use super::device::Device;
 use super::framing::Framing;
 use super::polling::{Poller, Polling};
 use super::refusal::Refusal;
-use super::wire::{self, Kind, Reply};
+use super::wire::{self, Files, Kind, Reply};
 use super::{Limits, MAX_FDS};
 
 /// Serves one client until it goes away. Requests allocate nothing but what they ask to keep.
@@ -102,7 +102,10 @@ impl Session {
                 };
                 let header = message.header;
                 if header.kind() == Kind::Reply {
-                    self.client.answer(&header, message.body);
+                    match self.client.has_twin() {
+                        false => self.client.answer(&header, message.body),
+                        true => tracing::debug!(id = header.id, "a reply on the wrong socket"),
+                    }
                     continue;
                 }
                 reply.clear();
@@ -125,9 +128,13 @@ impl Session {
                 }
                 match done {
                     Ok(()) => {
-                        let files = self.device.files(reply.files());
+                        let which = reply.files();
+                        let files = self.device.files(which);
                         let reply = reply.finish(&header);
                         self.client.reply(reply, &files)?;
+                        if which == Files::Twin {
+                            self.device.twin_sent();
+                        }
                     }
                     Err(refusal) => {
                         let reply = reply.refuse(&header, refusal.errno());

@@ -28,3 +28,7 @@ mod migration;
 mod peer;
 #[cfg(test)]
 mod raw;
+#[cfg(test)]
+mod twin;
+#[cfg(test)]
+mod twin_ends;
