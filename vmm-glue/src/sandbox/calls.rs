@@ -114,7 +114,7 @@ fn with_arguments() -> [(i64, Vec<Condition>); 7] {
     [
         // Threads of this process, no processes.
         (libc::SYS_clone, vec![(0, thread, thread)]),
-        // Nothing that could be executed.
+        // Nothing that could be executed. The handler of SIGBUS maps too (`sys::guarded`).
         (libc::SYS_mmap, vec![(2, executable, 0)]),
         (libc::SYS_mprotect, vec![(2, executable, 0)]),
         // Looking at descriptors, and copies of them. Not `F_SETOWN`, which can have signals sent to others.

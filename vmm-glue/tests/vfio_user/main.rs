@@ -28,3 +28,5 @@ mod migration;
 mod peer;
 #[cfg(test)]
 mod raw;
+#[cfg(test)]
+mod truncated;
