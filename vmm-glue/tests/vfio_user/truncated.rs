@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use numagpu_devices::bus::{DmaAccess, DmaError, DmaPort, HbmStore as _};
-use numagpu_devices::spec::regs::QueueFault;
+use numagpu_devices::spec::regs::{OwnerState, QueueFault, partition};
 use numagpu_vmm_glue::hbm::HbmBacking;
 use numagpu_vmm_glue::sys::guarded;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -21,6 +21,8 @@ use crate::raw::*;
 const CUT: u64 = RAM + 0x100_0000;
 /// Its bytes.
 const SIZE: u64 = 0x1_0000;
+/// Much longer than anything here takes.
+const LIMIT: Duration = Duration::from_secs(5);
 
 fn map(raw: &mut Raw, address: u64, ram: &OwnedFd) {
     let body = map_body(3, 0, address, SIZE);
@@ -105,6 +107,17 @@ fn hbm_that_its_client_cuts_short_faults_its_gpu_and_no_other() {
     assert!(served.hbm.slice(0, 8).is_err());
     check_serves(&mut other);
     drop(driver);
+    // It cannot be scrubbed, so nobody gets it any more.
+    let mut next = Driver {
+        raw: Raw::ready(&served.path()),
+        ram: memfd(SIZE),
+        write_pointer: 0,
+    };
+    let faulted = OwnerState::Faulted.code();
+    let since = Instant::now();
+    while next.get32(partition::BASE, &partition::STATE) != faulted {
+        assert!(since.elapsed() < LIMIT);
+    }
     check_serves(&mut other);
 }
 
@@ -226,6 +239,6 @@ fn ten_thousand_maps_leave_the_table_of_guarded_ones_empty() {
     served.probe.wait_detached();
     let since = Instant::now();
     while guarded::count() > 0 {
-        assert!(since.elapsed() < Duration::from_secs(5));
+        assert!(since.elapsed() < LIMIT);
     }
 }
