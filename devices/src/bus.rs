@@ -98,8 +98,9 @@ pub enum DmaError {
         /// First address.
         address: u64,
     },
-    /// The VMM, which has to be asked for this memory, did not give or take it.
-    #[error("the VMM did not move the memory at {address:#x}")]
+    /// The VMM, which has to be asked for this memory, did not give or take it; or it took the memory away during the
+    /// access.
+    #[error("the VMM did not move the memory at {address:#x}, or took it away")]
     Failed {
         /// First address of what was asked for.
         address: u64,

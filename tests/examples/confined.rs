@@ -1,7 +1,7 @@
 //! A server in the same sandbox as `numagpu serve`, which tries what a server has no business with.
 //!
-//! `confined DIRECTORY on|off serve|panic|abort`: makes a precious file beside `DIRECTORY`, serves `two-gpu` in
-//! `DIRECTORY`, says what became of each call, and then serves on, panics or aborts.
+//! `confined DIRECTORY on|off serve|panic|abort|fault`: makes a precious file beside `DIRECTORY`, serves `two-gpu` in
+//! `DIRECTORY`, says what became of each call, and then serves on, panics, aborts or touches a page that is not there.
 #![allow(unsafe_code, reason = "some calls have no safe form")]
 #![allow(
     clippy::unwrap_used,
@@ -12,6 +12,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::net::{TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -20,6 +21,8 @@ use std::process::Command;
 use numagpu_topology::{parse, plan, preset};
 use numagpu_vmm_glue::instance::{Prepared, Serving};
 use numagpu_vmm_glue::sandbox::{self, Leavings, Mode};
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
 use rustix::process::{Pid, getpid, test_kill_process};
 
 /// What to try, and its name.
@@ -28,7 +31,7 @@ type Try<'a> = (&'static str, Box<dyn Fn() -> io::Result<()> + 'a>);
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [directory, mode, end] = arguments.as_slice() else {
-        panic!("confined DIRECTORY on|off serve|panic|abort");
+        panic!("confined DIRECTORY on|off serve|panic|abort|fault");
     };
     let directory = Path::new(directory);
     let precious = directory.with_extension("precious");
@@ -46,6 +49,7 @@ fn main() {
         files_in: vec![directory.to_owned()],
         directories_in: Vec::new(),
     };
+    let empty = memfd_create("empty", MemfdFlags::CLOEXEC).unwrap();
     let sandbox = sandbox::enter(mode, &leavings).unwrap();
     sandbox::explain_panics(sandbox);
     let _instance = prepared.start(&sandbox).unwrap();
@@ -63,11 +67,22 @@ fn main() {
             println!("panicked");
         }
         "abort" => std::process::abort(),
+        "fault" => touch(&empty),
         _ => {}
     }
     loop {
         std::thread::park();
     }
+}
+
+/// Touches the first page of an empty file.
+fn touch(empty: &OwnedFd) {
+    let (protection, flags) = (ProtFlags::READ, MapFlags::SHARED);
+    // SAFETY: a new map at an address that the kernel chooses.
+    let map = unsafe { mmap(std::ptr::null_mut(), 4096, protection, flags, empty, 0) };
+    // SAFETY: it is mapped; the access is volatile, and what it meets is on purpose.
+    let seen = unsafe { map.unwrap().cast::<u8>().read_volatile() };
+    println!("read {seen}");
 }
 
 /// Tries each call, and says how it ended.

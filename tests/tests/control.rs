@@ -13,6 +13,7 @@ use std::os::unix::fs::FileExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use numagpu_spec::regs::{self, OwnerCommand, OwnerResult, boot, irq, partition, queue, ras};
 use numagpu_spec::table::Reg;
@@ -280,6 +281,49 @@ fn a_whole_session_goes_on_inside_the_sandbox() {
         served.injected("0 correctable-error --address 0x1_0000_0040");
         assert_eq!(served.gpu(0)["health"]["correctable"], 1, "round {round}");
     }
+    served.stop();
+}
+
+/// A client's memory is a file, and the client can cut it short at any time.
+#[test]
+fn memory_that_is_cut_off_inside_the_sandbox_stops_a_queue_and_not_the_server() {
+    const CUT: u64 = 0x1000_0000;
+    const LEN: u64 = 0x1_0000;
+    let mut served = Served::new(&[]);
+    let said = served.status()["sandbox"].as_str().unwrap().to_owned();
+    assert!(said.starts_with("on ("), "{said}");
+    let mut drivers = [0, 1].map(|gpu| Driver::new(&served, gpu));
+    for driver in &mut drivers {
+        driver.boot();
+        driver.claim();
+        driver.enable();
+    }
+    let [driver, other] = &mut drivers;
+    let ram = rustix::fs::memfd_create("cut", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let since = Instant::now();
+    for (source, destination) in [(CUT, HBM[0]), (HBM[0], CUT)].repeat(10) {
+        rustix::fs::ftruncate(&ram, LEN).unwrap();
+        driver.client.dma_map(0, CUT, LEN, ram.as_raw_fd()).unwrap();
+        rustix::fs::ftruncate(&ram, 0).unwrap();
+        driver.submit(&sdma::copy_linear(source, destination, LEN));
+        driver.wait_state(regs::QueueState::Fault);
+        let code = driver.get(queue::BASE, &queue::FAULT_CODE);
+        assert_eq!(code, u64::from(regs::QueueFault::Unmapped.code()));
+        driver.client.dma_unmap(CUT, LEN).unwrap();
+        driver.enable();
+    }
+    const SAID: &str = "0x10000000..=0x1000ffff was cut short";
+    served.process.wait_for(SAID, COMMAND);
+    let said = served.process.said().matches(SAID).count() as u64;
+    assert!(said <= 1 + since.elapsed().as_secs(), "{said} times");
+    for (base, driver) in HBM.into_iter().zip([driver, other]) {
+        driver.submit(&sdma::const_fill(base + 8, 0x6007_6007, 4096));
+        driver.wait_state(regs::QueueState::Idle);
+        let mut word = [0; 4];
+        driver.hbm.read_exact_at(&mut word, 8).unwrap();
+        assert_eq!(u32::from_le_bytes(word), 0x6007_6007);
+    }
+    drop(drivers);
     served.stop();
 }
 

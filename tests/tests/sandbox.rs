@@ -167,3 +167,13 @@ fn an_abort_inside_ends_the_process_as_it_should() {
         "{ended}"
     );
 }
+
+/// The server takes SIGBUS for memory of clients, and for nothing else.
+#[test]
+fn a_fault_inside_in_memory_of_no_client_ends_the_process_as_it_should() {
+    let dir = tempfile::tempdir().unwrap();
+    let sockets = dir.path().join("sockets");
+    std::fs::create_dir(&sockets).unwrap();
+    let ended = confined(&sockets, "on", "fault").wait(COMMAND);
+    assert_eq!(ended.status.signal(), Some(Signal::BUS.as_raw()), "{ended}");
+}

@@ -23,6 +23,8 @@ use rustix::process::geteuid;
 use thiserror::Error;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileMemoryError, VolatileSlice};
 
+use crate::sys::guarded::Guarded;
+
 /// Why there is no backing memory.
 #[derive(Debug, Error)]
 pub enum HbmError {
@@ -111,7 +113,7 @@ fn in_words(bytes: Option<u64>) -> String {
 #[derive(Debug)]
 pub struct HbmBacking {
     file: Arc<File>,
-    region: Arc<MmapRegion>,
+    region: Guarded<Arc<MmapRegion>>,
     size: u64,
     id: BackingId,
     /// Where the file is, if it has a name; it is removed at the end.
@@ -151,14 +153,14 @@ impl HbmBacking {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let fd = memfd_create(name, flags).map_err(host("create a memory file of"))?;
         ftruncate(&fd, size).map_err(host("size a memory file to"))?;
-        // Whoever is given the descriptor cannot cut the memory off under the device, which would kill it.
+        // Whoever is given the descriptor cannot cut the memory off under the device, which would lose it.
         let seals = rustix::fs::SealFlags::SHRINK | rustix::fs::SealFlags::GROW;
         rustix::fs::fcntl_add_seals(&fd, seals).map_err(host("seal a memory file of"))?;
         Self::map(name, size, fd, Named(None))
     }
 
     /// `size` bytes of huge pages of `page` bytes (2 MiB or 1 GiB), a multiple of that, taken from the host's pool now: a
-    /// page that is not there when it is touched would kill this process.
+    /// page that is not there when it is touched would lose all of it.
     ///
     /// # Errors
     /// [`HbmError::Size`], [`HbmError::Host`], [`HbmError::HugePages`] if the pool has too few.
@@ -217,10 +219,11 @@ impl HbmBacking {
         self.path.as_deref()
     }
 
-    /// The mapping, to show it to a guest of this process. It lasts as long as somebody holds it.
+    /// The mapping, to show it to a guest of this process. It lasts as long as somebody holds it; as long as this value
+    /// exists, a process that cuts a named file short does not end this one.
     #[must_use]
     pub fn mapping(&self) -> Arc<MmapRegion> {
-        Arc::clone(&self.region)
+        Arc::clone(self.region.owner())
     }
 
     /// Removes the file's name now, if it has one. The memory stays until the last owner lets go of it.
@@ -252,7 +255,7 @@ impl HbmBacking {
             .map_err(|error| host(io::Error::other(error)))?;
         Ok(Self {
             file,
-            region: Arc::new(region),
+            region: Guarded::new(Arc::new(region)),
             size,
             id,
             path: named.0.take(),
@@ -261,8 +264,37 @@ impl HbmBacking {
         })
     }
 
+    /// Whether the memory is that of the file still. Once it is not, nobody gets any of it: what the device has in its
+    /// place is not what CPUs see, and would not be scrubbed.
+    fn check(&self) -> io::Result<()> {
+        if !self.region.is_lost() {
+            return Ok(());
+        }
+        if self.region.is_news() {
+            self.tell_lost();
+        }
+        Err(io::Error::other("its file was cut short or has no room"))
+    }
+
+    #[cold]
+    fn tell_lost(&self) {
+        let (name, size) = (self.name(), self.size);
+        tracing::error!(
+            "HBM {name} of {size:#x} bytes is lost: its file was cut short or has no room; accesses fail"
+        );
+    }
+
+    /// For messages.
+    fn name(&self) -> String {
+        self.path.as_deref().map_or_else(
+            || "without a name".to_owned(),
+            |path| path.display().to_string(),
+        )
+    }
+
     /// Makes bytes inside the memory zero and gives their pages back.
     fn scrub_range(&self, offset: u64, size: u64) -> io::Result<()> {
+        self.check()?;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         loop {
             match fallocate(&*self.file, flags, offset, size) {
@@ -312,10 +344,7 @@ impl HbmBacking {
         }
         let lent = self.lend().map_err(|errno| HbmError::Host {
             doing: "open a second time",
-            name: self.path.as_deref().map_or_else(
-                || "without a name".to_owned(),
-                |path| path.display().to_string(),
-            ),
+            name: self.name(),
             size: self.size,
             source: errno.into(),
         })?;
@@ -424,7 +453,9 @@ impl HbmStore for HbmBacking {
 
     fn slice(&self, offset: u64, len: u64) -> Result<VolatileSlice<'_>, VolatileMemoryError> {
         let narrow = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-        self.region.get_slice(narrow(offset), narrow(len))
+        self.check()
+            .map_err(VolatileMemoryError::IOError)
+            .and_then(|()| self.region.owner().get_slice(narrow(offset), narrow(len)))
     }
 
     fn backing(&self) -> (BackingId, u64) {
@@ -677,6 +708,32 @@ mod tests {
         assert_eq!(taken.file.metadata().unwrap().len(), 8192);
         let byte: u8 = taken.slice(0, 1).unwrap().read_obj(0).unwrap();
         assert_eq!(byte, 0);
+    }
+
+    #[test]
+    fn memory_whose_file_another_process_cuts_short_is_an_error_from_then_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let hbm = HbmBacking::in_dir(dir.path(), "hbm", 0x4000).unwrap();
+        let whole = HbmBacking::in_dir(dir.path(), "whole", 0x4000).unwrap();
+        let all = hbm.slice(0, 0x4000).unwrap();
+        all.write_slice(&[7; 0x4000], 0).unwrap();
+        let other = File::options()
+            .write(true)
+            .open(hbm.path().unwrap())
+            .unwrap();
+        other.set_len(0x1000).unwrap();
+        // The access that was under way goes on.
+        all.write_obj(9_u64, 0x3000).unwrap();
+        for (offset, len) in [(0, 1), (0x3000, 8)] {
+            let error = hbm.slice(offset, len).unwrap_err();
+            assert!(error.to_string().contains("cut short"), "{error}");
+        }
+        // What it left is in no file that a scrub could clear, and nobody gets to see it.
+        assert!(hbm.scrub(0, 0x4000).is_err());
+        other.set_len(0x4000).unwrap();
+        assert!(hbm.slice(0, 1).is_err());
+        whole.slice(0x3fff, 1).unwrap().write_obj(1_u8, 0).unwrap();
+        whole.scrub(0, 0x4000).unwrap();
     }
 
     #[test]

@@ -120,7 +120,7 @@ fn with_arguments() -> [(i64, Vec<Rule>); 8] {
     [
         // Threads of this process, no processes.
         (libc::SYS_clone, vec![vec![(0, thread, thread)]]),
-        // Nothing that could be executed.
+        // Nothing that could be executed. The handler of SIGBUS maps too (`sys::guarded`).
         (libc::SYS_mmap, vec![vec![(2, executable, 0)]]),
         (libc::SYS_mprotect, vec![vec![(2, executable, 0)]]),
         // Looking at descriptors, and copies of them. Not `F_SETOWN`, which can have signals sent to others.

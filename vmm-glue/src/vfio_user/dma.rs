@@ -454,7 +454,7 @@ impl DmaTable {
         let len = more.saturating_add(1);
         if let (Some(from), Some(to)) = (read.slice(read_at, len), write.slice(write_at, len)) {
             from.copy_to_volatile_slice(to);
-            return Ok(());
+            return read.kept(read_at).and(write.kept(write_at));
         }
         let unmapped = DmaError::Unmapped {
             address: read_at,
@@ -486,7 +486,7 @@ impl DmaTable {
             }
             done += step;
         }
-        Ok(())
+        read.kept(read_at).and(write.kept(write_at))
     }
 }
 
@@ -518,7 +518,7 @@ impl DmaPort for DmaTable {
             let end = map.last().min(last);
             let done = match &map.backing {
                 Backing::Client(remote) => self.ask(remote, at, end - at + 1, access, f),
-                _ => map.slice(at, end - at + 1).ok_or(unmapped).map(&mut *f),
+                _ => map.show(at, end - at + 1, f),
             };
             if access.writes() {
                 self.dirty.mark(at, end);

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use numagpu_devices::bus::{HbmStore, PciFunction};
 use numagpu_devices::spec::regs::{
-    self, Caps, OwnerCommand, OwnerResult, OwnerState, QUEUE_ENABLE, QueueState, boot, identity,
-    partition, queue,
+    self, Caps, OwnerCommand, OwnerResult, OwnerState, QUEUE_ENABLE, QUEUE_RESET, QueueFault,
+    QueueState, boot, identity, partition, queue,
 };
 use numagpu_devices::spec::table::Reg;
 use numagpu_devices::spec::{pci, sdma};
@@ -37,7 +37,7 @@ pub const RAM: u64 = 0x10_0000;
 pub const DATA: u64 = RAM + 0x8000;
 
 pub struct Served {
-    hbm: Arc<HbmBacking>,
+    pub hbm: Arc<HbmBacking>,
     server: Server,
     _dir: TempDir,
 }
@@ -50,7 +50,12 @@ impl Served {
 
 /// A GPU of two partitions behind a BAR of so many bytes.
 pub fn serve(size: u64) -> Served {
-    let hbm = Arc::new(HbmBacking::memfd("gpu0", 2 * PART).unwrap());
+    serve_hbm(size, HbmBacking::memfd("gpu0", 2 * PART).unwrap())
+}
+
+/// The same, of HBM of one's own.
+pub fn serve_hbm(size: u64, hbm: HbmBacking) -> Served {
+    let hbm = Arc::new(hbm);
     let parts = hbm.split(&[PART, PART]).unwrap();
     let bases = (0..).map(|index| BASE + index * PART);
     let partitions = bases.zip(parts).map(|(base, part)| PartitionConfig {
@@ -110,6 +115,10 @@ impl Driver {
             let claimed = self.command(part, OwnerCommand::Claim);
             assert_eq!(claimed, Some(OwnerResult::Ok));
         }
+        self.start_queue();
+    }
+
+    fn start_queue(&mut self) {
         self.set(queue::BASE, &queue::RING_BASE, RAM);
         self.set(queue::BASE, &queue::RING_SIZE, 4096);
         self.set(queue::BASE, &queue::TOKEN, TOKEN);
@@ -202,6 +211,24 @@ impl Driver {
         let body = region_body(0, DOORBELLS, 8, &self.write_pointer.to_le_bytes());
         // Posted: a command of the engine's may come before a reply would.
         self.raw.send(&framed(1, WRITE, 40, NO_REPLY, &body), &[]);
+    }
+
+    /// The fault of the queue in a copy, or before it. The queue starts anew.
+    pub fn faulty_copy(&mut self, source: u64, destination: u64, len: u64) -> Option<QueueFault> {
+        self.begin_copy(source, destination, len);
+        let fault = self.fault();
+        self.set(queue::BASE, &queue::CONTROL, QUEUE_RESET.into());
+        self.start_queue();
+        fault
+    }
+
+    /// Waits until the queue is at rest; why it faulted, if it did.
+    pub fn fault(&mut self) -> Option<QueueFault> {
+        let running = QueueState::Running.code();
+        self.wait(|driver| driver.get32(queue::BASE, &queue::STATUS) != running);
+        let state = self.get32(queue::BASE, &queue::STATUS);
+        let code = self.get32(queue::BASE, &queue::FAULT_CODE);
+        (state == QueueState::Fault.code()).then(|| QueueFault::from_code(code).unwrap())
     }
 
     pub fn end_copy(&mut self) {

@@ -29,6 +29,8 @@ mod peer;
 #[cfg(test)]
 mod raw;
 #[cfg(test)]
+mod truncated;
+#[cfg(test)]
 mod twin;
 #[cfg(test)]
 mod twin_ends;

@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use numagpu_devices::bus::{BackingId, DmaAccess, DmaError, Mapped};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
@@ -14,6 +15,10 @@ use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 use super::super::client::{Client, Remote};
 use super::super::wire::DmaMap;
 use super::{READABLE, WRITABLE};
+use crate::sys::guarded::Guarded;
+
+/// How long nothing is said of lost maps after something was: a client can lose as many as it likes.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// Why a map or unmap is refused.
 #[derive(Debug, Error)]
@@ -123,9 +128,9 @@ pub(super) struct Map {
 #[derive(Debug)]
 pub(super) enum Backing {
     /// In a file of the client's.
-    File(BackingId, MmapRegion),
+    File(BackingId, Guarded<MmapRegion>),
     /// In a BAR of the function itself, which the client maps into its guest and shows back.
-    Own(MmapRegion),
+    Own(Guarded<MmapRegion>),
     /// With the client, who has to be asked for it.
     Client(Remote),
 }
@@ -197,6 +202,7 @@ impl Map {
             return Err(unmapped);
         }
         match &self.backing {
+            Backing::File(_, region) | Backing::Own(region) if region.is_lost() => Err(unmapped),
             Backing::File(..) | Backing::Own(_) => Ok(()),
             Backing::Client(remote) => {
                 let able = client.ok_or(unmapped)?.check(remote);
@@ -212,7 +218,48 @@ impl Map {
             Backing::Client(_) => return None,
         };
         let offset = usize::try_from(address.checked_sub(self.address)?).ok()?;
-        region.get_slice(offset, usize::try_from(len).ok()?).ok()
+        let len = usize::try_from(len).ok()?;
+        region.owner().get_slice(offset, len).ok()
+    }
+
+    /// Calls `f` with [`Map::slice`].
+    pub(super) fn show(
+        &self,
+        address: u64,
+        len: u64,
+        f: &mut dyn FnMut(VolatileSlice<'_>),
+    ) -> Result<(), DmaError> {
+        let slice = self.slice(address, len);
+        f(slice.ok_or(DmaError::Unmapped { address, len })?);
+        self.kept(address)
+    }
+
+    /// Whether an access at `address`, which has ended, was to the memory, and not to zeros in its place because the file has
+    /// no such page any more.
+    pub(super) fn kept(&self, address: u64) -> Result<(), DmaError> {
+        match &self.backing {
+            Backing::File(_, region) | Backing::Own(region) if region.is_lost() => {
+                if region.is_news() {
+                    self.tell_lost();
+                }
+                Err(DmaError::Failed { address })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    #[cold]
+    fn tell_lost(&self) {
+        static TOLD: Mutex<Option<Instant>> = Mutex::new(None);
+        let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.is_none_or(|told| told.elapsed() >= QUIET) {
+            *told = Some(Instant::now());
+            let (first, last) = (self.address, self.last());
+            tracing::warn!(
+                "the file behind a client's map of {first:#x}..={last:#x} was cut short or has no room; \
+                 accesses there fail until it is mapped anew"
+            );
+        }
     }
 }
 
@@ -272,14 +319,18 @@ pub(super) fn open(request: &DmaMap, fd: OwnedFd) -> Result<(FileKey, File), Map
     Ok(((id, mode), File::from(fd)))
 }
 
-/// Maps a range of a file that was checked to be long enough.
-pub(super) fn memory(request: &DmaMap, file: Arc<File>) -> Result<MmapRegion, MapError> {
+/// Maps a range of a file that was checked to be long enough. The client may still cut it short.
+pub(super) fn memory(request: &DmaMap, file: Arc<File>) -> Result<Guarded<MmapRegion>, MapError> {
     let host = |errno| MapError::Host {
         offset: request.offset,
         size: request.size,
         errno,
     };
-    let size = usize::try_from(request.size).map_err(|_| host(Errno::NOMEM))?;
+    // Huge pages are mapped, unmapped and replaced only whole. Nothing is accessed behind `request.size`.
+    let page = u64::try_from(fstat(&*file).map_err(host)?.st_blksize).unwrap_or(1);
+    let size = request.size.checked_next_multiple_of(page.max(1));
+    let size = size.and_then(|size| usize::try_from(size).ok());
+    let size = size.ok_or(host(Errno::NOMEM))?;
     let prot = match request.flags & WRITABLE {
         0 => libc::PROT_READ,
         _ => libc::PROT_READ | libc::PROT_WRITE,
@@ -289,6 +340,7 @@ pub(super) fn memory(request: &DmaMap, file: Arc<File>) -> Result<MmapRegion, Ma
         .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
         .with_file_offset(FileOffset::from_arc(file, request.offset))
         .build()
+        .map(Guarded::new)
         .map_err(|error| match error {
             vm_memory::mmap::MmapRegionError::Mmap(error) => {
                 host(Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))
