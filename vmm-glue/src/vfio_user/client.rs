@@ -6,7 +6,8 @@
 //! - The serving thread itself never asks the client: it would wait for itself.
 //! - A wait ends after [`PATIENCE`].
 //! - A wait ends when the serving thread has been in one request for [`BUSY`]: that request may be waiting for the one
-//!   who waits here, as a reset does for the work of a queue.
+//!   who waits here, as a reset does for the work of a queue. A step of a migration does not count: it is carried out by
+//!   another thread, and the serving one reads on (`pump.rs`).
 //! - An unmap ends the waits for its memory, and a disconnect ends all.
 //!
 //! A reply that comes after its wait has ended is dropped.
