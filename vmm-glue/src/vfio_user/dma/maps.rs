@@ -148,3 +148,88 @@ impl Maps {
         file
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::MmapRegion;
+
+    use super::super::map::Backing;
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    /// A map of a file with this number; nobody looks at its memory.
+    fn map(inode: u64, address: u64, offset: u64, size: u64) -> Map {
+        let id = BackingId { device: 1, inode };
+        Map {
+            address,
+            size,
+            flags: 3,
+            offset,
+            backing: Backing::File(id, MmapRegion::new(1).unwrap()),
+        }
+    }
+
+    /// Maps of all sizes that show parts of two files in any order come and go.
+    #[test]
+    fn what_shows_a_part_of_a_file_is_what_looking_at_every_map_finds() {
+        let mut seed = 3_u64;
+        let mut random = move |below: u64| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (seed >> 33) % below
+        };
+        let mut maps = Maps::default();
+        let mut model: Vec<(u64, u64, u64, u64)> = Vec::new();
+        let mut found = 0;
+        for _ in 0..4000 {
+            // Places of 64 pages, so that no two share a byte.
+            let address = 64 * PAGE * random(40);
+            if random(3) == 0 {
+                let last = address + 64 * PAGE * random(3);
+                let gone = maps.take(address, last);
+                let before = model.len();
+                model.retain(|(_, at, ..)| !(address..=last).contains(at));
+                assert_eq!(gone.len(), before - model.len());
+            } else if maps.at(address).is_none() {
+                let (inode, offset) = (random(2), PAGE * random(200));
+                let most = 1 << random(7);
+                let size = PAGE * (1 + random(most));
+                maps.add(map(inode, address, offset, size));
+                model.push((inode, address, offset, size));
+            }
+            let (inode, first) = (random(2), random(220 * PAGE));
+            let last = first + random(3 * PAGE);
+            let mut want: Vec<Span> = Vec::new();
+            for (_, address, offset, size) in model.iter().filter(|it| it.0 == inode) {
+                let (from, to) = (first.max(*offset), last.min(offset + size - 1));
+                if from <= to {
+                    want.push((address + from - offset, address + to - offset));
+                }
+            }
+            let mut have: Vec<Span> = maps
+                .showing(BackingId { device: 1, inode }, first, last)
+                .collect();
+            want.sort_unstable();
+            have.sort_unstable();
+            assert_eq!(have, want);
+            found += have.len();
+        }
+        assert!(found > 1000, "{found}");
+        maps.take(0, u64::MAX);
+        assert!(maps.by_file.is_empty());
+    }
+
+    #[test]
+    fn the_ends_of_addresses_and_files_are_found() {
+        let mut maps = Maps::default();
+        let end = u64::MAX / 2 - PAGE + 1;
+        maps.add(map(0, !(PAGE - 1), end, PAGE));
+        let id = BackingId {
+            device: 1,
+            inode: 0,
+        };
+        let spans: Vec<Span> = maps.showing(id, 0, u64::MAX).collect();
+        assert_eq!(spans, [(!(PAGE - 1), u64::MAX)]);
+        assert_eq!(maps.showing(id, u64::MAX / 2 + 1, u64::MAX).count(), 0);
+    }
+}
