@@ -10,7 +10,7 @@ use numagpu_spec::pci;
 use thiserror::Error;
 use vm_memory::{Bytes, VolatileSlice};
 
-use crate::bus::{Area, Bar};
+use crate::bus::{Area, Bar, DmaAccess};
 use crate::config::PartitionConfig;
 use crate::partition::Partition;
 
@@ -144,13 +144,14 @@ impl Aperture {
 
     /// The file that shows all of it.
     pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
-        self.partitions.first()?.store().file()
+        self.partitions.first()?.file()
     }
 
     /// Reads; what is behind the last partition is all ones.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
-        self.pieces(offset, data.len(), |at, memory| {
+        let len = data.len();
+        self.pieces(offset, len, DmaAccess::Read, &mut |at, memory| {
             let place = data.get_mut(at..).and_then(|to| to.get_mut(..memory.len()));
             // Both are as long: there is nothing that could fail.
             let _done = place.map(|to| memory.read_slice(to, 0));
@@ -159,24 +160,32 @@ impl Aperture {
 
     /// Writes; what is behind the last partition is dropped.
     pub(crate) fn write(&self, offset: u64, data: &[u8]) {
-        self.pieces(offset, data.len(), |at, memory| {
+        let len = data.len();
+        self.pieces(offset, len, DmaAccess::Write, &mut |at, memory| {
             let piece = data.get(at..).and_then(|from| from.get(..memory.len()));
             let _done = piece.map(|from| memory.write_slice(from, 0));
         });
     }
 
     /// Calls `f` with each piece of HBM in `len` bytes from `offset`, and its distance from `offset`.
-    fn pieces(&self, offset: u64, len: usize, mut f: impl FnMut(usize, VolatileSlice<'_>)) {
+    fn pieces(
+        &self,
+        offset: u64,
+        len: usize,
+        access: DmaAccess,
+        f: &mut dyn FnMut(usize, VolatileSlice<'_>),
+    ) {
         let end = offset.saturating_add(len as u64);
         let mut start = 0_u64;
         for partition in &self.partitions {
             let next = start.saturating_add(partition.size());
             let (from, to) = (offset.max(start), end.min(next));
             if from < to
-                && let Ok(memory) = partition.store().slice(from - start, to - from)
                 && let Ok(at) = usize::try_from(from - offset)
             {
-                f(at, memory);
+                let mut found = |memory: VolatileSlice<'_>| f(at, memory);
+                // Inside the partition, so there is nothing that could fail.
+                let _done = partition.touch(from - start, to - from, access, None, &mut found);
             }
             start = next;
         }

@@ -195,6 +195,12 @@ pub trait DmaPort: Send + Sync {
 
     /// What the VMM maps over `address..address + len`.
     fn mapped(&self, address: u64, len: u64) -> Mapped;
+
+    /// The device wrote `len` bytes from `offset` of a file, or may have, and not by this port: HBM, which the VMM may
+    /// show to its guest. A port that logs writes has one at each address where it shows these bytes. Called after the
+    /// write, for each chunk of work, so it costs next to nothing while nothing is logged; never from within
+    /// [`DmaPort::access`].
+    fn wrote(&self, _file: BackingId, _offset: u64, _len: u64) {}
 }
 
 /// Where a function's MSI-X messages go.

@@ -150,6 +150,7 @@ impl<'r> Engine<'r> {
     /// The part of `address..address + len` that lies in one place, from `address` on; not empty.
     fn span(&self, address: u64, len: u64) -> Result<Span<'_>, Fault> {
         let reach = self.reach;
+        let port = reach.dma.as_deref();
         match self.view.find(address) {
             Ok(seen) => {
                 if seen.route.is_none() {
@@ -160,19 +161,20 @@ impl<'r> Engine<'r> {
                     owner: Owner::Hbm(seen, offset),
                     address,
                     len: len.min(seen.partition.size().saturating_sub(offset)),
+                    port,
                 })
             }
             Err(next) => {
                 if !reach.dma_allowed.load(Ordering::SeqCst) {
                     return Err(fault(QueueFault::BusMasterOff, address));
                 }
-                let dma = reach.dma.as_deref();
-                let dma = dma.ok_or_else(|| fault(QueueFault::Unmapped, address))?;
+                let dma = port.ok_or_else(|| fault(QueueFault::Unmapped, address))?;
                 let room = next.map_or(u64::MAX, |next| next.saturating_sub(address));
                 Ok(Span {
                     owner: Owner::Ram(dma),
                     address,
                     len: len.min(room),
+                    port,
                 })
             }
         }
@@ -437,23 +439,27 @@ impl Engine<'_> {
                 let copied = dma.copy(from.address, to.address, len);
                 copied.map_err(|error| dma_fault(error, from.address))?;
             }
-            (Owner::Hbm(seen, offset), _) => {
-                let slice = seen.partition.store().slice(*offset, len);
-                let slice = slice.map_err(|_| from.unmapped())?;
-                to.pieces(len, DmaAccess::Write, &mut |at, piece| {
-                    if let Ok(part) = slice.subslice(at, piece.len()) {
-                        part.copy_to_volatile_slice(piece);
-                    }
+            (Owner::Hbm(..), _) => {
+                let mut done = Ok(());
+                from.pieces(len, DmaAccess::Read, &mut |_, slice| {
+                    done = to.pieces(len, DmaAccess::Write, &mut |at, piece| {
+                        if let Ok(part) = slice.subslice(at, piece.len()) {
+                            part.copy_to_volatile_slice(piece);
+                        }
+                    });
                 })?;
+                done?;
             }
-            (_, Owner::Hbm(seen, offset)) => {
-                let slice = seen.partition.store().slice(*offset, len);
-                let slice = slice.map_err(|_| to.unmapped())?;
-                from.pieces(len, DmaAccess::Read, &mut |at, piece| {
-                    if let Ok(part) = slice.subslice(at, piece.len()) {
-                        piece.copy_to_volatile_slice(part);
-                    }
+            (_, Owner::Hbm(..)) => {
+                let mut done = Ok(());
+                to.pieces(len, DmaAccess::Write, &mut |_, slice| {
+                    done = from.pieces(len, DmaAccess::Read, &mut |at, piece| {
+                        if let Ok(part) = slice.subslice(at, piece.len()) {
+                            piece.copy_to_volatile_slice(part);
+                        }
+                    });
                 })?;
+                done?;
             }
         }
         self.count(from, len, DmaAccess::Read);

@@ -204,7 +204,8 @@ mod tests {
             expected.extend((0..4).map(|n| (base + n * size, size, Some(pxm))));
         }
         assert_eq!(ranges, expected);
-        let store = parts[5].store();
+        let divided: Vec<_> = planned.iter().flat_map(|it| divide(it, 4)).collect();
+        let store = &divided[5].store;
         store.slice(0, 4).unwrap().write_slice(b"five", 0).unwrap();
         let mut seen = [0; 4];
         let whole = &planned[1].store;

@@ -3,7 +3,11 @@
 //! The gate is what makes a release safe. An engine enters it for one chunk of work, and only with the owner's
 //! token; whoever takes the ownership away changes the token first and then waits until every engine has left.
 //! After that the memory is touched by nobody but the scrubber.
+//!
+//! A partition gives its memory to nobody: whoever touches it says how, and what the device writes is told to the port
+//! of the GPU that wrote, for the log of a VMM that migrates its guest ([`DmaPort::wrote`]).
 
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,8 +16,9 @@ use numagpu_spec::regs::{
     Coherence, HISTORY_EVENT_SHIFT, HISTORY_TO_SHIFT, LEASE_ENDLESS, OwnerLoss, OwnerState,
     QueueFault,
 };
+use vm_memory::{VolatileMemoryError, VolatileSlice};
 
-use crate::bus::{DmaPort, HbmStore};
+use crate::bus::{BackingId, DmaAccess, DmaPort, HbmStore};
 use crate::coherence;
 use crate::config::PartitionConfig;
 use crate::health::Health;
@@ -30,6 +35,8 @@ pub struct Partition {
     size: u64,
     pxm: Option<u32>,
     store: Arc<dyn HbmStore>,
+    /// The store's file, and where it starts in it.
+    backing: (BackingId, u64),
     in_aperture: bool,
     health: Arc<Health>,
     // Volatile state.
@@ -97,6 +104,7 @@ impl Partition {
             size: config.size,
             pxm: config.pxm,
             store: Arc::clone(&config.store),
+            backing: config.store.backing(),
             in_aperture,
             health: Arc::clone(health),
             machine: Mutex::new(Machine::new()),
@@ -132,9 +140,30 @@ impl Partition {
         self.pxm
     }
 
-    /// Its memory.
-    pub fn store(&self) -> &Arc<dyn HbmStore> {
-        &self.store
+    /// The file of its memory, for a client to map.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.store.file()
+    }
+
+    /// Calls `f` with `len` bytes of its memory from `offset`; afterwards `port`, that of the GPU at work, hears of a
+    /// write. None if it is a CPU: VMMs see those writes themselves. An engine is inside the gate.
+    ///
+    /// # Errors
+    /// If the range is not inside the memory; then `f` was not called.
+    pub(crate) fn touch(
+        &self,
+        offset: u64,
+        len: u64,
+        access: DmaAccess,
+        port: Option<&dyn DmaPort>,
+        f: &mut dyn FnMut(VolatileSlice<'_>),
+    ) -> Result<(), VolatileMemoryError> {
+        f(self.store.slice(offset, len)?);
+        if let Some(port) = port.filter(|_| access.writes()) {
+            let (file, start) = self.backing;
+            port.wrote(file, start.saturating_add(offset), len);
+        }
+        Ok(())
     }
 
     /// Its GPU's memory errors.
@@ -217,7 +246,7 @@ impl Partition {
             return;
         }
         let code = dma.map_or(Coherence::NotMapped, |dma| {
-            coherence::judge(dma.mapped(self.base, self.size), self.store.backing())
+            coherence::judge(dma.mapped(self.base, self.size), self.backing)
         });
         self.coherence.store(code.code(), Ordering::SeqCst);
     }
@@ -263,16 +292,21 @@ impl Partition {
         Ok(entry)
     }
 
-    /// Waits until no engine is inside, then clears the memory. For the scrubber, after [`Duty::Scrub`].
+    /// Waits until no engine is inside, then clears the memory and tells `wrote` where it is, as [`DmaPort::wrote`] is
+    /// told. For the scrubber, after [`Duty::Scrub`].
     ///
     /// # Errors
     /// The store's error.
-    pub fn scrub(&self) -> std::io::Result<()> {
+    pub fn scrub(&self, wrote: impl FnOnce(BackingId, u64, u64)) -> std::io::Result<()> {
         self.wait_until_left();
         if self.fail_scrub.swap(false, Ordering::AcqRel) {
             return Err(std::io::Error::other("as injected"));
         }
-        self.store.scrub(0, self.size)?;
+        let scrubbed = self.store.scrub(0, self.size);
+        // One that failed may have cleared a part.
+        let (file, start) = self.backing;
+        wrote(file, start, self.size);
+        scrubbed?;
         self.health.wrote(self.base, self.size);
         Ok(())
     }

@@ -7,6 +7,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use numagpu_spec::pci;
 use numagpu_spec::regs::IrqBits;
 
+use crate::bus::Attachment;
 use crate::clock::Clock;
 use crate::irq::Irq;
 use crate::limit::LogLimit;
@@ -17,6 +18,8 @@ use crate::partition::Partition;
 struct Shared {
     irq: Arc<Irq>,
     clock: Arc<dyn Clock>,
+    /// Whose log hears of what was cleared.
+    attachment: Arc<Mutex<Option<Attachment>>>,
     log: LogLimit,
     /// Jobs given and not yet done. Bounded: a partition asks for two at most, see [`crate::ownership`].
     pending: Mutex<usize>,
@@ -42,12 +45,17 @@ pub struct Scrubber {
 }
 
 impl Scrubber {
-    /// A scrubber that tells of lost partitions through `irq`.
-    pub fn new(irq: Arc<Irq>, clock: Arc<dyn Clock>) -> Scrubber {
+    /// A scrubber that tells of lost partitions through `irq`, and of what it cleared to the VMM that is attached then.
+    pub fn new(
+        irq: Arc<Irq>,
+        clock: Arc<dyn Clock>,
+        attachment: Arc<Mutex<Option<Attachment>>>,
+    ) -> Scrubber {
         Scrubber {
             shared: Arc::new(Shared {
                 irq,
                 clock,
+                attachment,
                 log: LogLimit::default(),
                 pending: Mutex::new(0),
                 done: Condvar::new(),
@@ -117,7 +125,17 @@ impl Shared {
 
     fn job(&self, partition: &Partition, work: Work) {
         let done = match work {
-            Work::Clear => partition.scrub().map(|()| Event::Scrubbed),
+            Work::Clear => {
+                let scrubbed = partition.scrub(|file, offset, len| {
+                    // Held while it is used: a detach waits.
+                    let attachment = self.attachment.lock();
+                    let attachment = attachment.unwrap_or_else(PoisonError::into_inner);
+                    if let Some(attachment) = &*attachment {
+                        attachment.dma.wrote(file, offset, len);
+                    }
+                });
+                scrubbed.map(|()| Event::Scrubbed)
+            }
             Work::Keep => {
                 partition.wait_until_left();
                 Ok(Event::Kept)

@@ -21,6 +21,8 @@ pub(crate) struct Span<'e> {
     pub(crate) owner: Owner<'e>,
     pub(crate) address: u64,
     pub(crate) len: u64,
+    /// The port of the GPU at work.
+    pub(crate) port: Option<&'e dyn DmaPort>,
 }
 
 pub(crate) fn fault(code: QueueFault, address: u64) -> Fault {
@@ -78,8 +80,8 @@ impl Span<'_> {
         }
     }
 
-    /// Calls `f` with each piece of the first `len` bytes and its distance from the start. The caller is inside
-    /// the gate.
+    /// Calls `f` with each piece of the first `len` bytes and its distance from the start: the only way of engines to
+    /// memory, HBM in one piece. The caller is inside the gate.
     pub(crate) fn pieces(
         &self,
         len: u64,
@@ -88,9 +90,9 @@ impl Span<'_> {
     ) -> Result<(), Fault> {
         match &self.owner {
             Owner::Hbm(seen, offset) => {
-                let slice = seen.partition.store().slice(*offset, len);
-                f(0, slice.map_err(|_| self.unmapped())?);
-                Ok(())
+                let f = &mut |piece: VolatileSlice<'_>| f(0, piece);
+                let touched = seen.partition.touch(*offset, len, access, self.port, f);
+                touched.map_err(|_| self.unmapped())
             }
             Owner::Ram(dma) => {
                 let mut at = 0;

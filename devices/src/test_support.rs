@@ -38,11 +38,23 @@ pub struct Access {
     pub access: DmaAccess,
 }
 
+/// A write of HBM that a device told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Written {
+    /// Number of the file.
+    pub inode: u64,
+    /// First byte in the file.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
 /// Guest memory made of mappings; remembers every access.
 #[derive(Default)]
 pub struct RecordingDma {
     mappings: RwLock<Vec<Mapping>>,
     accesses: Mutex<Vec<Access>>,
+    written: Mutex<Vec<Written>>,
     stalled: Mutex<Option<u64>>,
     resumed: Condvar,
 }
@@ -113,6 +125,11 @@ impl RecordingDma {
                 .wait(stalled)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// The writes of HBM that were told of since the last call, in order.
+    pub fn take_written(&self) -> Vec<Written> {
+        std::mem::take(&mut *lock(&self.written))
     }
 
     /// Every access so far, in order; a copy is two.
@@ -209,6 +226,14 @@ impl DmaPort for RecordingDma {
             offset: start + mapping.offset + (address - mapping.address),
             writable: mapping.writable,
         }
+    }
+
+    fn wrote(&self, file: BackingId, offset: u64, len: u64) {
+        lock(&self.written).push(Written {
+            inode: file.inode,
+            offset,
+            len,
+        });
     }
 }
 

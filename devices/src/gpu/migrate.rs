@@ -1,18 +1,30 @@
 //! A GPU's state as a stream of bytes: JSON of [`GpuState`].
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Gpu;
 use crate::bus::{Migrate, MigrateError};
 use crate::state::{GpuState, RestoreError};
 
-/// How long queues may take to finish the packets that they are at. A VMM waits for the answer; QEMU waits 5 s.
+/// How long queues and scrubs may take to finish what they are at. A VMM waits for the answer; QEMU waits 5 s.
 const STOP_WAIT: Duration = Duration::from_secs(4);
 
 impl Migrate for Gpu {
     fn stop(&self) -> Result<(), MigrateError> {
+        let end = Instant::now() + STOP_WAIT;
         let paused = self.begin_pause(STOP_WAIT);
-        paused.map_err(|error| MigrateError::Busy(error.to_string()))
+        paused.map_err(|error| MigrateError::Busy(error.to_string()))?;
+        // One that ended later would clear pages behind the VMM's last look at the log, and show as done in the state.
+        if !self
+            .scrubber
+            .wait(end.saturating_duration_since(Instant::now()))
+        {
+            self.end_pause();
+            let waited_ms = STOP_WAIT.as_millis();
+            let busy = format!("HBM is scrubbed still after {waited_ms} ms");
+            return Err(MigrateError::Busy(busy));
+        }
+        Ok(())
     }
 
     fn run(&self) {

@@ -6,7 +6,8 @@
 //! others (`config_space`, `judging`, an ownership machine, the fabric, the interrupt sink, the scrubber's) are
 //! leaves as far as this crate goes. `lifecycle` is for attach, detach, reset and restore, which wait for workers or
 //! scrubs, and for the moment in which a state is taken; a pause waits for workers without it. No BAR access takes
-//! it. Register reads take no lock at all.
+//! it. Register reads take no lock at all. A scrub tells the VMM's port of its writes with `attachment` held, so the
+//! locks of a port are below that one.
 
 mod lifecycle;
 mod migrate;
@@ -100,7 +101,7 @@ pub struct Gpu {
     pub(crate) fabric: Arc<Fabric>,
     pub(crate) member: Arc<Member>,
     aperture: Option<Aperture>,
-    attachment: Mutex<Option<Attachment>>,
+    attachment: Arc<Mutex<Option<Attachment>>>,
     pub(crate) irq: Arc<Irq>,
     scrubber: Scrubber,
     pub(crate) ticker: OnDemand,
@@ -176,12 +177,18 @@ impl Gpu {
             .map(|_| Aperture::new(member.modes.planned()));
         let priorities = Arc::new(Priorities::default());
         let clock = Arc::new(MovedClock::new(Arc::clone(&config.clock)));
+        let attachment = Arc::new(Mutex::new(None));
+        let scrubber = Scrubber::new(
+            Arc::clone(&irq),
+            Arc::clone(&clock) as _,
+            Arc::clone(&attachment),
+        );
         Ok(Arc::new_cyclic(|myself| Gpu {
             fabric,
             member,
             aperture,
-            attachment: Mutex::new(None),
-            scrubber: Scrubber::new(Arc::clone(&irq), Arc::clone(&clock) as _),
+            attachment,
+            scrubber,
             ticker: OnDemand::new("gpu-ticker", myself.clone(), ticker::work),
             clock,
             pauses: Mutex::default(),

@@ -19,6 +19,7 @@ mod packets;
 mod partitions;
 mod state;
 mod timing;
+mod written;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -5,7 +5,8 @@
 //!
 //! - The serving thread itself never asks the client: it would wait for itself.
 //! - A wait ends when the serving thread has been in one request for [`BUSY`]: that request may be waiting for the one
-//!   who waits here, as a reset does for the work of a queue.
+//!   who waits here, as a reset does for the work of a queue. A step of a migration does not count: it is carried out by
+//!   another thread, and the serving one reads on (`pump.rs`).
 //!
 //! With a second socket (`twin`) another thread reads the replies. Then any thread may ask, however long a
 //! request takes, and a wait looks for itself whether the connection has ended, which the serving thread would not see

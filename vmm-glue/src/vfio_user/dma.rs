@@ -5,14 +5,11 @@
 
 pub mod dirty;
 mod map;
+mod maps;
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{
-    Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
-};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use numagpu_devices::bus::{BackingId, DmaAccess, DmaError, DmaPort, Mapped};
@@ -20,7 +17,8 @@ use vm_memory::VolatileSlice;
 
 use dirty::{DirtyError, DirtyLog};
 pub use map::MapError;
-use map::{Backing, FileKey, Map};
+use map::{Backing, Map};
+use maps::Maps;
 
 use super::MAX_DMA_MAPS;
 use super::bounce::Bounce;
@@ -33,64 +31,8 @@ pub const READABLE: u32 = 1 << 0;
 /// `DMA_MAP` flag: the server may write.
 pub const WRITABLE: u32 = 1 << 1;
 
-/// Maps that may show a partition together; with more it counts as mapped in part.
-const MAX_PIECES: usize = 4096;
-
 /// How long an unmap sleeps before it looks again; accesses that end wake it before.
 const UNMAP_POLL: Duration = Duration::from_millis(1);
-
-#[derive(Debug, Default)]
-struct Maps {
-    disconnected: bool,
-    by_address: BTreeMap<u64, Arc<Map>>,
-    files: HashMap<FileKey, Weak<File>>,
-}
-
-impl Maps {
-    fn at(&self, address: u64) -> Option<&Arc<Map>> {
-        let (_, map) = self.by_address.range(..=address).next_back()?;
-        map.contains(address).then_some(map)
-    }
-
-    /// The map with the lowest address that shares a byte with `first..=last`.
-    fn any_in(&self, first: u64, last: u64) -> Option<&Arc<Map>> {
-        let next = || self.by_address.range(first..=last).next().map(|(_, m)| m);
-        self.at(first).or_else(next)
-    }
-
-    /// What maps show that follow each other without a gap, in memory and in their file, as if they were one. An IOMMU in
-    /// front of the device maps in pages.
-    fn run(&self, address: u64, last: u64) -> Option<Mapped> {
-        // Looked for first: while pages come in one after the other, this ends it.
-        self.at(last)?;
-        let first = self.at(address)?;
-        let whole = first.shown(address);
-        let mut end = first.last();
-        for (_, map) in self.by_address.range(address..=last).take(MAX_PIECES) {
-            if map.address <= end {
-                // The first of them, which begins at `address`.
-                continue;
-            }
-            let expected = match whole {
-                Mapped::File {
-                    id,
-                    offset,
-                    writable,
-                } => Mapped::File {
-                    id,
-                    offset: offset.checked_add(map.address - address)?,
-                    writable,
-                },
-                other => other,
-            };
-            if map.address - 1 != end || map.shown(map.address) != expected {
-                return None;
-            }
-            end = map.last();
-        }
-        (end >= last).then_some(whole)
-    }
-}
 
 /// The maps of one connection. Once disconnected it stays so: the next client gets a table of its own.
 #[derive(Debug)]
@@ -157,7 +99,7 @@ impl DmaTable {
     /// Number of maps.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.read().by_address.len()
+        self.read().len()
     }
 
     /// Whether there are no maps.
@@ -199,7 +141,11 @@ impl DmaTable {
         let (key, file) = map::open(&own, file)?;
         self.insert(request, last, None, |maps| {
             let file = maps.share(key, file);
-            Ok(Backing::Own(map::memory(&own, file)?))
+            Ok(Backing::Own {
+                file: key.0,
+                offset,
+                memory: map::memory(&own, file)?,
+            })
         })
     }
 
@@ -222,7 +168,7 @@ impl DmaTable {
                 other_size: other.size,
             });
         }
-        let have = maps.by_address.len();
+        let have = maps.len();
         if have >= self.max_maps {
             return Err(MapError::TooMany(have));
         }
@@ -233,7 +179,7 @@ impl DmaTable {
             offset: request.offset,
             backing: backing(&mut maps)?,
         };
-        maps.by_address.insert(request.address, Arc::new(map));
+        maps.add(map);
         self.dirty.mapped(request.address, last);
         Ok(())
     }
@@ -251,18 +197,28 @@ impl DmaTable {
     pub fn start_log(&self, page_hint: u64, ranges: &[(u64, u64)]) -> Result<u64, DirtyError> {
         // No map comes or goes meanwhile: that is the calling thread's to do.
         let maps = self.read();
-        let mapped = maps.by_address.values().filter(|map| map.writable());
-        let mapped = mapped.map(|map| (map.address, map.last()));
+        // Those that are not writable too: they may show HBM, which engines write by another way.
+        let mapped = maps.all().map(|map| (map.address, map.last()));
         self.dirty.start(page_hint, ranges, mapped)
+    }
+
+    /// Marks a part of a file wherever it is mapped.
+    #[cold]
+    fn mark_shown(&self, file: BackingId, offset: u64, len: u64) {
+        let last = len.checked_sub(1).and_then(|it| offset.checked_add(it));
+        let Some(last) = last else { return };
+        let maps = self.read();
+        for (first, last) in maps.showing(file, offset, last) {
+            self.dirty.mark(first, last);
+        }
     }
 
     /// Whether there is a map of exactly this range.
     #[must_use]
     pub fn has(&self, address: u64, size: u64) -> bool {
         let maps = self.read();
-        maps.by_address
-            .get(&address)
-            .is_some_and(|map| map.size == size)
+        let map = maps.at(address);
+        map.is_some_and(|map| (map.address, map.size) == (address, size))
     }
 
     /// Removes the maps in this range, as VFIO's type 1 version 2 does: a VMM with an IOMMU before the device unmaps more at
@@ -282,15 +238,7 @@ impl DmaTable {
         if is_cut(address) || is_cut(last) {
             return Err(none());
         }
-        let inside: Vec<u64> = maps
-            .by_address
-            .range(address..=last)
-            .map(|(at, _)| *at)
-            .collect();
-        let gone: Vec<Arc<Map>> = inside
-            .iter()
-            .filter_map(|at| maps.by_address.remove(at))
-            .collect();
+        let gone = maps.take(address, last);
         drop(maps);
         if gone.is_empty() {
             return Err(none());
@@ -302,9 +250,9 @@ impl DmaTable {
 
     /// Removes all maps. When this returns no access uses any of them any more.
     pub fn unmap_all(&self) {
-        let maps = std::mem::take(&mut self.write().by_address);
-        maps.values().for_each(|map| self.forget(map));
-        maps.into_values().for_each(|map| self.retire(map));
+        let gone = self.write().take(0, u64::MAX);
+        gone.iter().for_each(|map| self.forget(map));
+        gone.into_iter().for_each(|map| self.retire(map));
     }
 
     /// Removes all maps, and answers every access from now on with [`DmaError::Disconnected`]. Whoever waits for the
@@ -384,19 +332,6 @@ impl DmaTable {
 
     fn write(&self) -> RwLockWriteGuard<'_, Maps> {
         self.maps.write().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Maps {
-    /// The descriptor kept for this file; `file` itself if there is none yet.
-    fn share(&mut self, key: FileKey, file: File) -> Arc<File> {
-        if let Some(kept) = self.files.get(&key).and_then(Weak::upgrade) {
-            return kept;
-        }
-        self.files.retain(|_, file| file.strong_count() > 0);
-        let file = Arc::new(file);
-        self.files.insert(key, Arc::downgrade(&file));
-        file
     }
 }
 
@@ -590,6 +525,12 @@ impl DmaPort for DmaTable {
             None => Mapped::Nothing,
             Some(first) if first.contains(address) && first.contains(last) => first.shown(address),
             Some(_) => maps.run(address, last).unwrap_or(Mapped::Partial),
+        }
+    }
+
+    fn wrote(&self, file: BackingId, offset: u64, len: u64) {
+        if self.dirty.is_on() {
+            self.mark_shown(file, offset, len);
         }
     }
 }

@@ -57,6 +57,13 @@ pub enum Ask<'a> {
     },
 }
 
+/// Whether the body of a feature's request asks for another state of the migration: that may wait for the function,
+/// which may wait for the client.
+#[must_use]
+pub fn sets_state(body: &[u8]) -> bool {
+    u32_at(body, 4).is_some_and(|flags| flags & (INDEX | SET | PROBE) == DEVICE_STATE | SET)
+}
+
 /// What is asked for, of a function that can be migrated or cannot.
 ///
 /// # Errors

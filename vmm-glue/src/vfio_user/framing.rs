@@ -13,7 +13,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 
 use super::polling::Poller;
 use super::refusal::Refusal;
-use super::wire::{HEADER_SIZE, Header};
+use super::wire::{HEADER_SIZE, Header, Kind};
 use super::{MAX_FDS, MAX_MESSAGE};
 
 /// Bytes asked for in one receive. A socket's default buffer holds a few hundred small messages, which fit.
@@ -151,6 +151,12 @@ impl Framing {
             body,
             fds_lost,
         }))
+    }
+
+    /// Whether the next message is a reply; none if its header is not here yet.
+    pub(super) fn is_reply_next(&self) -> Option<bool> {
+        let header = Header::decode(self.buffer.get(self.start..self.end)?)?;
+        Some(header.kind() == Kind::Reply)
     }
 
     /// Moves what is left, less than one message, to the front.

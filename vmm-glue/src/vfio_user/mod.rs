@@ -37,6 +37,7 @@ mod kicks;
 pub mod listener;
 pub mod migration;
 pub mod polling;
+mod pump;
 pub mod refusal;
 pub mod regions;
 pub mod server;

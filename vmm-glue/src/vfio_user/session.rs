@@ -8,10 +8,12 @@ use numagpu_devices::bus::PciFunction;
 
 use super::client::Client;
 use super::device::Device;
+use super::features;
 use super::framing::Framing;
 use super::polling::{Poller, Polling};
+use super::pump;
 use super::refusal::Refusal;
-use super::wire::{self, Files, Kind, Reply};
+use super::wire::{self, Files, Kind, Reply, command};
 use super::{Limits, MAX_FDS};
 
 /// Serves one client until it goes away. Requests allocate nothing but what they ask to keep.
@@ -109,17 +111,28 @@ impl Session {
                     continue;
                 }
                 reply.clear();
-                self.client.begin();
-                let done = if message.fds_lost || fds.len() > MAX_FDS {
-                    Err(Refusal::Fds {
-                        got: fds.len(),
-                        max: MAX_FDS,
-                    })
-                } else {
-                    wire::decode(&header, message.body)
+                // With a second socket replies come whatever this thread does.
+                let waits = header.command == command::DEVICE_FEATURE
+                    && !self.client.has_twin()
+                    && features::sets_state(message.body);
+                let got = fds.len();
+                let too_many = message.fds_lost || got > MAX_FDS;
+                let mut carry_out = |body: &[u8]| {
+                    wire::decode(&header, body)
                         .and_then(|it| self.device.handle(it, &header, fds, reply))
                 };
-                self.client.end();
+                let done = if too_many {
+                    Err(Refusal::Fds { got, max: MAX_FDS })
+                } else if waits {
+                    let body = message.body.to_vec();
+                    let work = || carry_out(&body);
+                    pump::answering(&self.socket, &self.client, framing, work)?
+                } else {
+                    self.client.begin();
+                    let done = carry_out(message.body);
+                    self.client.end();
+                    done
+                };
                 if let Err(refusal) = &done {
                     tracing::debug!(command = header.command, id = header.id, "{refusal}");
                 }

@@ -43,6 +43,17 @@ pub struct Served {
 }
 
 impl Served {
+    pub fn new(hbm: Arc<HbmBacking>, config: GpuConfig, fabric: Arc<Fabric>) -> Self {
+        let gpu: Arc<dyn PciFunction> = Gpu::new(config, fabric).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::bind(dir.path().join("gpu"), gpu).unwrap();
+        Self {
+            hbm,
+            server,
+            _dir: dir,
+        }
+    }
+
     pub fn path(&self) -> PathBuf {
         self.server.path().to_owned()
     }
@@ -75,14 +86,7 @@ pub fn serve_hbm(size: u64, hbm: HbmBacking) -> Served {
         boot_delay: Duration::ZERO,
         ..GpuConfig::new(0, partitions.collect())
     };
-    let gpu: Arc<dyn PciFunction> = Gpu::new(config, Fabric::new()).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let server = Server::bind(dir.path().join("gpu0"), gpu).unwrap();
-    Served {
-        hbm,
-        server,
-        _dir: dir,
-    }
+    Served::new(hbm, config, Fabric::new())
 }
 
 /// A driver behind a client.
@@ -106,7 +110,8 @@ impl Driver {
         driver
     }
 
-    fn start(&mut self) {
+    /// Boots, claims both partitions and enables queue 0.
+    pub fn start(&mut self) {
         self.write(7, 4, &[6, 0]);
         self.set(boot::BASE, &boot::CONTROL, 1);
         for part in 0..2 {
@@ -131,7 +136,7 @@ impl Driver {
         self.raw.ask(READ, &body, &[]).body[16..].to_vec()
     }
 
-    fn write(&mut self, region: u32, offset: u64, data: &[u8]) {
+    pub fn write(&mut self, region: u32, offset: u64, data: &[u8]) {
         let len = u32::try_from(data.len()).unwrap();
         let body = region_body(offset, region, len, data);
         assert_eq!(self.raw.errno(WRITE, &body, &[]), 0);
@@ -154,7 +159,7 @@ impl Driver {
         u32::try_from(self.get(base, reg)).unwrap()
     }
 
-    fn command(&mut self, part: u32, command: OwnerCommand) -> Option<OwnerResult> {
+    pub fn command(&mut self, part: u32, command: OwnerCommand) -> Option<OwnerResult> {
         let base = partition::BASE + part * partition::STRIDE;
         self.set(base, &partition::TOKEN, TOKEN);
         self.set(base, &partition::COMMAND, command.code().into());
@@ -168,7 +173,7 @@ impl Driver {
         }
     }
 
-    fn wait_free(&mut self, part: u32) {
+    pub fn wait_free(&mut self, part: u32) {
         let base = partition::BASE + part * partition::STRIDE;
         let free = OwnerState::Free.code();
         self.wait(|driver| driver.get32(base, &partition::STATE) == free);
@@ -203,8 +208,12 @@ impl Driver {
 
     /// Rings the doorbell for one copy.
     pub fn begin_copy(&mut self, source: u64, destination: u64, len: u64) {
-        let packet = sdma::copy_linear(source, destination, len);
-        let words = words(&packet);
+        self.begin(&sdma::copy_linear(source, destination, len));
+    }
+
+    /// Rings the doorbell for a packet.
+    pub fn begin(&mut self, packet: &[u32]) {
+        let words = words(packet);
         let written = rustix::io::pwrite(&self.ram, &words, self.write_pointer);
         assert_eq!(written, Ok(words.len()));
         self.write_pointer += words.len() as u64;

@@ -21,7 +21,7 @@ const START: u32 = 6;
 const STOP: u32 = 7;
 const REPORT: u32 = 8;
 
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 const ROOM: usize = 1 << 20;
 
 fn start_data(page: u64, ranges: &[(u64, u64)]) -> Vec<u8> {
@@ -30,7 +30,7 @@ fn start_data(page: u64, ranges: &[(u64, u64)]) -> Vec<u8> {
     [longs(&[page]), words(&[count, 0]), ranges.collect()].concat()
 }
 
-fn start(raw: &mut Raw, page: u64, ranges: &[(u64, u64)]) -> u32 {
+pub fn start(raw: &mut Raw, page: u64, ranges: &[(u64, u64)]) -> u32 {
     let body = feature_body(ROOM, SET | START, &start_data(page, ranges));
     raw.errno(FEATURE, &body, &[])
 }
@@ -40,7 +40,7 @@ fn report_body(address: u64, length: u64, page: u64) -> Vec<u8> {
 }
 
 /// The words of a bitmap.
-fn report(raw: &mut Raw, address: u64, length: u64, page: u64) -> Vec<u64> {
+pub fn report(raw: &mut Raw, address: u64, length: u64, page: u64) -> Vec<u64> {
     let answer = raw.ask(FEATURE, &report_body(address, length, page), &[]);
     assert_eq!(answer.errno, 0);
     let bits = length.div_ceil(page).div_ceil(64) * 8;

@@ -11,6 +11,8 @@ mod device;
 #[cfg(test)]
 mod dirty;
 #[cfg(test)]
+mod dirty_hbm;
+#[cfg(test)]
 mod endurance;
 #[cfg(test)]
 mod io_fds;

@@ -2,8 +2,9 @@
 //! `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`, `VFIO_USER_MIG_DATA_READ`, `VFIO_USER_MIG_DATA_WRITE`).
 
 use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
 
-use numagpu_devices::spec::regs::{OwnerState, partition, queue};
+use numagpu_devices::spec::regs::{OwnerState, QueueState, partition, queue};
 
 use crate::aperture::{self, APERTURE, BASE, DATA, Driver, MIB, PART, RAM};
 use crate::device::{BAR0, Served, serve, serve_with};
@@ -320,4 +321,81 @@ fn a_gpus_work_goes_on_in_another_one() {
     assert_eq!(state(&mut next), RUNNING);
     let seen = next.ask(READ, &region_body(0x100, APERTURE, 0x2000, &[]), &[]);
     assert!(seen.body[16..].iter().all(|byte| *byte == 0));
+}
+
+/// Memory that the client is asked for.
+const FAR: u64 = RAM + 0x100_0000;
+
+/// A GPU that is in the midst of a copy of 160 KiB from asked memory, when it is told to stop.
+fn stopping(served: &aperture::Served) -> (Driver, Answer) {
+    let mut driver = Driver::new(served);
+    let body = map_body(3, 0, FAR, 0x10_0000);
+    assert_eq!(driver.raw.errno(DMA_MAP, &body, &[]), 0);
+    driver.begin_copy(FAR, BASE, 0x2_8000);
+    let asked = driver.raw.answer();
+    assert_eq!((asked.command, asked.flags), (DMA_READ, 0));
+    let stop = feature_body(16, SET | DEVICE_STATE, &words(&[STOP, 0]));
+    driver.raw.send(&message(FEATURE, &stop), &[]);
+    (driver, asked)
+}
+
+/// Answers a `DMA_READ` with bytes that tell their address.
+fn give(raw: &mut Raw, asked: &Answer) {
+    let long = |at: usize| u64::from_ne_bytes(asked.body[at..at + 8].try_into().unwrap());
+    let (address, count) = (long(0), long(8));
+    let data = (address..address + count).map(|at| u8::try_from(at % 251).unwrap());
+    let body = [longs(&[address, count]), data.collect()].concat();
+    let size = 16 + u32::try_from(body.len()).unwrap();
+    raw.send(&framed(asked.id, DMA_READ, size, REPLY, &body), &[]);
+}
+
+#[test]
+fn a_packet_that_needs_the_client_is_finished_before_the_stop_is_answered() {
+    let served = aperture::serve(8 * MIB);
+    let (mut driver, mut asked) = stopping(&served);
+    for _ in 0..2 {
+        // Longer than a reset would be waited for.
+        std::thread::sleep(Duration::from_millis(150));
+        give(&mut driver.raw, &asked);
+        asked = driver.raw.answer();
+        assert_eq!((asked.command, asked.flags), (DMA_READ, 0));
+    }
+    give(&mut driver.raw, &asked);
+    let answer = driver.raw.answer();
+    assert_eq!((answer.command, answer.errno), (FEATURE, 0));
+    assert_eq!(state(&mut driver.raw), STOP);
+    let want = (FAR..FAR + 0x2_8000).map(|at| u8::try_from(at % 251).unwrap());
+    assert!(driver.read(APERTURE, 0, 0x2_8000).into_iter().eq(want));
+    assert_eq!(go(&mut driver.raw, RUNNING), 0);
+    driver.end_copy();
+    assert_eq!(driver.get32(queue::BASE, &queue::PACKETS), 1);
+}
+
+#[test]
+fn a_client_that_asks_more_before_the_stop_is_answered_waits_and_loses_the_packet() {
+    let served = aperture::serve(8 * MIB);
+    let (mut driver, asked) = stopping(&served);
+    let get = feature_body(16, GET | DEVICE_STATE, &[]);
+    driver.raw.send(&message(FEATURE, &get), &[]);
+    // Behind the request, and so too late.
+    give(&mut driver.raw, &asked);
+    for flags in [SET, GET] {
+        let answer = driver.raw.answer();
+        assert_eq!((answer.command, answer.errno), (FEATURE, 0));
+        assert_eq!(answer.body[4..8], words(&[flags | DEVICE_STATE]));
+        assert_eq!(answer.body[8..12], words(&[STOP]));
+    }
+    let fault = QueueState::Fault.code();
+    assert_eq!(driver.get32(queue::BASE, &queue::STATUS), fault);
+}
+
+#[test]
+fn a_client_that_leaves_while_it_is_needed_makes_room_for_the_next() {
+    let served = aperture::serve(8 * MIB);
+    let since = Instant::now();
+    drop(stopping(&served));
+    let mut next = Driver::new(&served);
+    assert_eq!(state(&mut next.raw), RUNNING);
+    next.copy(DATA, BASE, 64);
+    assert!(since.elapsed() < Duration::from_secs(4), "nobody waited");
 }

@@ -3,6 +3,9 @@
 //! Bits are set after the bytes are written and taken before the client copies the page, so no write is lost between
 //! two reports. While nothing is logged a write costs one load; while something is, threads share a lock for reading
 //! and set bits in words of their own time. Bitmaps are in leaves that the first write to their part makes.
+//!
+//! HBM that engines write as HBM has no address of the client's until it is looked for: all maps that show the part of
+//! the file then have it marked ([`super::DmaTable`]'s `wrote`).
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};

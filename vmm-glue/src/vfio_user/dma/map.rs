@@ -130,7 +130,13 @@ pub(super) enum Backing {
     /// In a file of the client's.
     File(BackingId, Guarded<MmapRegion>),
     /// In a BAR of the function itself, which the client maps into its guest and shows back.
-    Own(Guarded<MmapRegion>),
+    Own {
+        /// The BAR's file.
+        file: BackingId,
+        /// Where the map begins in it.
+        offset: u64,
+        memory: Guarded<MmapRegion>,
+    },
     /// With the client, who has to be asked for it.
     Client(Remote),
 }
@@ -153,7 +159,7 @@ impl Map {
     pub(super) fn file(&self) -> Option<BackingId> {
         match &self.backing {
             Backing::File(id, _) => Some(*id),
-            Backing::Own(_) | Backing::Client(_) => None,
+            Backing::Own { .. } | Backing::Client(_) => None,
         }
     }
 
@@ -166,6 +172,15 @@ impl Map {
                 offset: self.offset + (address - self.address),
                 writable: self.writable(),
             },
+        }
+    }
+
+    /// The file that has the map's memory, whoever gave it, and where the map begins in it.
+    pub(super) fn shows(&self) -> Option<(BackingId, u64)> {
+        match &self.backing {
+            Backing::File(id, _) => Some((*id, self.offset)),
+            Backing::Own { file, offset, .. } => Some((*file, *offset)),
+            Backing::Client(_) => None,
         }
     }
 
@@ -202,8 +217,10 @@ impl Map {
             return Err(unmapped);
         }
         match &self.backing {
-            Backing::File(_, region) | Backing::Own(region) if region.is_lost() => Err(unmapped),
-            Backing::File(..) | Backing::Own(_) => Ok(()),
+            Backing::File(_, region) | Backing::Own { memory: region, .. } if region.is_lost() => {
+                Err(unmapped)
+            }
+            Backing::File(..) | Backing::Own { .. } => Ok(()),
             Backing::Client(remote) => {
                 let able = client.ok_or(unmapped)?.check(remote);
                 able.map_err(|_| DmaError::Failed { address })
@@ -214,7 +231,8 @@ impl Map {
     /// `len` bytes from `address`, both inside the map; none if the client has to be asked for them.
     pub(super) fn slice(&self, address: u64, len: u64) -> Option<VolatileSlice<'_>> {
         let region = match &self.backing {
-            Backing::File(_, region) | Backing::Own(region) => region,
+            Backing::File(_, region) => region,
+            Backing::Own { memory, .. } => memory,
             Backing::Client(_) => return None,
         };
         let offset = usize::try_from(address.checked_sub(self.address)?).ok()?;
@@ -238,7 +256,7 @@ impl Map {
     /// no such page any more.
     pub(super) fn kept(&self, address: u64) -> Result<(), DmaError> {
         match &self.backing {
-            Backing::File(_, region) | Backing::Own(region) if region.is_lost() => {
+            Backing::File(_, region) | Backing::Own { memory: region, .. } if region.is_lost() => {
                 if region.is_news() {
                     self.tell_lost();
                 }
