@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use numagpu_devices::bus::HbmStore;
 use numagpu_devices::memory::AnonymousStore;
 use numagpu_devices::{Fabric, Gpu, GpuConfig, PartitionConfig};
-use numagpu_vmm_glue::vfio_user::session::Session;
+use numagpu_vmm_glue::vfio_user::session::{Buffers, Session};
 use numagpu_vmm_glue::vfio_user::wire::{HEADER_SIZE, Header, Kind, flag};
 use numagpu_vmm_glue::vfio_user::{Limits, MAX_MESSAGE};
 use rustix::event::{EventfdFlags, eventfd};
@@ -88,7 +88,8 @@ pub fn run(stream: &[u8]) -> Tally {
     let session = std::thread::spawn(move || {
         let server = Arc::new(OwnedFd::from(server));
         // Why it ended is the client's doing.
-        let _ended = Session::new(function, server, Limits::default()).run();
+        let _ended =
+            Session::new(function, server, Limits::default()).run(&mut Buffers::default(), || ());
     });
     let mut client = Client::new(client);
     let mut tally = Tally::default();
