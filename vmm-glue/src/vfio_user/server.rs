@@ -4,7 +4,7 @@
 //! clients wait in the socket's backlog; where they are to be refused instead ([`SecondClient`]), a second thread
 //! accepts and closes them, and sleeps at other times. One that comes while the last one's leftovers are cleared away
 //! waits for that. Where a connected socket was handed over instead of one that listens, nobody accepts, and the server
-//! is over when that client has gone. A client that asks for a second socket has a thread there while it is served.
+//! is over when that client has gone. While a client has a second socket (`twin_socket`), one more thread reads there.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -128,11 +128,11 @@ impl Session {
                 }
                 match done {
                     Ok(()) => {
-                        let with = reply.files();
-                        let files = self.device.files(with);
+                        let which = reply.files();
+                        let files = self.device.files(which);
                         let reply = reply.finish(&header);
                         self.client.reply(reply, &files)?;
-                        if with == Files::Twin {
+                        if which == Files::Twin {
                             self.device.twin_sent();
                         }
                     }
