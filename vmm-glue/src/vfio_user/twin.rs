@@ -85,12 +85,15 @@ fn serve(client: &Client, socket: &OwnedFd) -> Result<(), SessionError> {
     let mut framing = Framing::new();
     let mut poller = Poller::default();
     let mut fds = Vec::with_capacity(4 * MAX_FDS);
-    let mut reply = Reply::new();
+    let mut reply = None;
     let mut refuse = |header: &Header, refusal: &Refusal| {
         tracing::debug!(command = header.command, id = header.id, "{refusal}");
         match header.kind() == Kind::Reply || header.no_reply() {
             true => Ok(()),
-            false => client.refuse(reply.refuse(header, refusal.errno())),
+            false => {
+                let reply = reply.get_or_insert_with(Reply::new);
+                client.refuse(reply.refuse(header, refusal.errno()))
+            }
         }
     };
     while framing.receive(socket, &mut poller)? > 0 {
