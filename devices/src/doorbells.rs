@@ -13,20 +13,24 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::Receiver;
 use numagpu_spec::pci;
 use vm_memory::VolatileMemory;
 
 use crate::bus::HbmStore;
 use crate::gpu::Gpu;
+use crate::on_demand::OnDemand;
 use crate::queue::Queue;
 
 /// How long the thread looks without a pause after a doorbell.
 const EAGER: Duration = Duration::from_micros(50);
-/// Its first pause after that; each is twice the one before.
+/// Its shortest pause after that.
 const FIRST_PAUSE: Duration = Duration::from_micros(20);
-/// The longest pause: what an idle queue's doorbell waits at most, and some hundredths of a core while one is enabled.
-const LONGEST_PAUSE: Duration = Duration::from_micros(500);
+/// A pause's part of the time since the last doorbell: a driver that rings again waits at most as much longer than it
+/// waited anyway.
+const PART: u32 = 16;
+/// The longest pause: what the first doorbell after a rest of 64 ms or more waits at most. It costs 250 looks a second.
+const LONGEST_PAUSE: Duration = Duration::from_millis(4);
 
 /// The page of doorbells that clients map.
 pub(crate) struct MappedDoorbells {
@@ -34,8 +38,7 @@ pub(crate) struct MappedDoorbells {
     /// High halves that came by themselves, as drivers write them that can store 32 bits only. Held while values are
     /// taken and rung, so that whoever clears the page knows that nothing of before is on its way.
     high: Mutex<Vec<u64>>,
-    poller: Mutex<Option<Sender<()>>>,
-    gpu: Weak<Gpu>,
+    poller: OnDemand,
 }
 
 impl MappedDoorbells {
@@ -44,8 +47,7 @@ impl MappedDoorbells {
         MappedDoorbells {
             store,
             high: Mutex::new((0..queues).map(|_| 0).collect()),
-            poller: Mutex::new(None),
-            gpu,
+            poller: OnDemand::new("gpu-doorbells", gpu, poll),
         }
     }
 
@@ -95,23 +97,9 @@ impl MappedDoorbells {
         }
     }
 
-    /// A queue was enabled: the thread looks from now on.
-    pub(crate) fn start(&self) {
-        let lock = self.poller.lock();
-        let mut poller = lock.unwrap_or_else(PoisonError::into_inner);
-        if poller.is_none() {
-            let (wake, woken) = bounded(1);
-            let gpu = Weak::clone(&self.gpu);
-            let thread = std::thread::Builder::new().name("gpu-doorbells".into());
-            match thread.spawn(move || poll(&gpu, &woken)) {
-                // Not joined: it ends with its channel, and does not keep the GPU.
-                Ok(_thread) => *poller = Some(wake),
-                Err(error) => tracing::error!(%error, "no thread for mapped doorbells"),
-            }
-        }
-        if let Some(poller) = poller.as_ref() {
-            let _full = poller.try_send(());
-        }
+    /// The thread that looks.
+    pub(crate) fn poller(&self) -> &OnDemand {
+        &self.poller
     }
 
     fn take(&self, slot: u64) -> u64 {
@@ -134,7 +122,7 @@ impl MappedDoorbells {
 
 /// Body of the thread.
 fn poll(gpu: &Weak<Gpu>, woken: &Receiver<()>) {
-    let (mut last, mut pause) = (Instant::now(), FIRST_PAUSE);
+    let mut last = Instant::now();
     loop {
         let Some(look) = gpu.upgrade().map(|gpu| gpu.look_at_doorbells()) else {
             return;
@@ -144,14 +132,33 @@ fn poll(gpu: &Weak<Gpu>, woken: &Receiver<()>) {
                 if woken.recv().is_err() {
                     return;
                 }
-                (last, pause) = (Instant::now(), FIRST_PAUSE);
+                last = Instant::now();
             }
-            Some(true) => (last, pause) = (Instant::now(), FIRST_PAUSE),
-            Some(false) if last.elapsed() < EAGER => std::thread::yield_now(),
-            Some(false) => {
-                std::thread::sleep(pause);
-                pause = (pause * 2).min(LONGEST_PAUSE);
-            }
+            Some(true) => last = Instant::now(),
+            Some(false) => match pause(last.elapsed()) {
+                Some(pause) => std::thread::sleep(pause),
+                None => std::thread::yield_now(),
+            },
         }
+    }
+}
+
+/// How long not to look, `rest` after the last doorbell; none if there is to be no pause.
+fn pause(rest: Duration) -> Option<Duration> {
+    (rest >= EAGER).then(|| (rest / PART).clamp(FIRST_PAUSE, LONGEST_PAUSE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_is_a_sixteenth_of_the_rest() {
+        let [us, ms] = [Duration::from_micros, Duration::from_millis];
+        assert_eq!(pause(us(49)), None);
+        assert_eq!(pause(us(50)), Some(us(20)));
+        assert_eq!(pause(ms(8)), Some(us(500)));
+        assert_eq!(pause(ms(64)), Some(ms(4)));
+        assert_eq!(pause(Duration::from_secs(3600)), Some(ms(4)));
     }
 }

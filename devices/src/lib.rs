@@ -50,6 +50,7 @@ pub mod limit;
 pub mod link;
 pub mod memory;
 mod modes;
+mod on_demand;
 pub mod ownership;
 pub mod packet;
 pub mod partition;

@@ -13,7 +13,7 @@ use std::fs::{self, File};
 use std::io;
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -134,6 +134,11 @@ fn tries<'a>(directory: &'a Path, precious: &'a Path) -> Vec<Try<'a>> {
         (
             "UNIX socket",
             Box::new(move || UnixStream::connect(directory.join("control.sock")).map(drop)),
+        ),
+        (
+            // Could be sent from to any datagram socket.
+            "pair of datagram sockets",
+            Box::new(move || UnixDatagram::pair().map(drop)),
         ),
         (
             // A program that is not there: a call that is allowed would say so.

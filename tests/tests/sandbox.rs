@@ -6,6 +6,9 @@
 )]
 
 use std::collections::BTreeMap;
+use std::io::{IoSliceMut, Read as _, Write as _};
+use std::mem::MaybeUninit;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -14,11 +17,12 @@ use numagpu_tests::corner::COMMAND;
 use numagpu_tests::process::Process;
 use numagpu_tests::programs;
 use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Signal;
 use vfio_user::Client;
 
 /// Calls that a server has no business with.
-const CALLS: usize = 15;
+const CALLS: usize = 16;
 
 fn confined(directory: &Path, mode: &str, end: &str) -> Process {
     let mut command = Command::new(programs::example("confined"));
@@ -49,6 +53,43 @@ fn check_served(directory: &Path) {
     assert_eq!(&magic, b"NGPU");
 }
 
+/// A message of the protocol, without flags.
+fn message(command: u16, body: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(16 + body.len()).unwrap();
+    let head = [u32::from(command) << 16, size, 0, 0];
+    let head = head.iter().flat_map(|word| word.to_le_bytes());
+    head.chain(body.iter().copied()).collect()
+}
+
+/// A second socket takes a pair of sockets and a thread, both made inside.
+#[track_caller]
+fn check_second_socket(directory: &Path) {
+    let mut main = UnixStream::connect(directory.join("gpu1.sock")).unwrap();
+    let json = r#"{"capabilities":{"twin_socket":{"supported":true}}}"#;
+    let body = [&[0; 4], json.as_bytes(), &[0]].concat();
+    main.write_all(&message(1, &body)).unwrap();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut reply = [0; 4096];
+    let mut parts = [IoSliceMut::new(&mut reply)];
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let got = recvmsg(&main, &mut parts, &mut control, flags).unwrap();
+    let fds = control.drain().flat_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+        _ => Vec::new(),
+    });
+    let fds: Vec<_> = fds.collect();
+    let said = String::from_utf8_lossy(&reply[20..got.bytes]).into_owned();
+    assert!(said.contains(r#""fd_index":0"#), "{said}");
+    let mut twin = UnixStream::from(fds.into_iter().next().unwrap());
+    // GET_INFO, which belongs on the other one.
+    twin.write_all(&message(4, &[0; 16])).unwrap();
+    let mut refused = [0; 16];
+    twin.read_exact(&mut refused).unwrap();
+    let errno = i32::from_le_bytes(refused[12..].try_into().unwrap());
+    assert_eq!(errno, Errno::NOTSUP.raw_os_error());
+}
+
 #[test]
 fn what_a_server_does_not_need_is_refused_and_it_serves_on() {
     let dir = tempfile::tempdir().unwrap();
@@ -74,6 +115,7 @@ fn what_a_server_does_not_need_is_refused_and_it_serves_on() {
         assert_eq!(precious.unwrap(), "precious");
     }
     check_served(&sockets);
+    check_second_socket(&sockets);
     check_served(&sockets);
 }
 

@@ -5,7 +5,8 @@
 //!
 //! The function keeps what is written to it and does nothing by itself. Lines on standard input make it work, and each
 //! is answered with one line: `read ADDRESS LENGTH` and `write ADDRESS HEX` access the client's memory, `copy FROM TO
-//! LENGTH` copies there, `irq VECTOR` sends an interrupt.
+//! LENGTH` copies there, `irq VECTOR` sends an interrupt. Memory that the client mapped without a descriptor is asked for, over
+//! a second socket if the client wants one (`twin_socket`).
 
 use std::io::{BufRead as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};

@@ -2,13 +2,15 @@
 //! of the `vfio_user` crate.
 //!
 //! Before Criterion's own runs, all are measured in alternating blocks, so that whatever else the machine does
-//! meets all of them, and their ratios are printed; those are the figures to quote.
+//! meets all of them, with the threads on one core and on two, and their ratios are printed; those are the figures to
+//! quote.
 #![expect(
     clippy::unwrap_used,
     reason = "a benchmark that cannot be set up has nothing to report"
 )]
 
 mod line;
+mod place;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
@@ -16,6 +18,7 @@ use std::time::Instant;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use line::{BURST, Line, Served};
 use numagpu_vmm_glue::vfio_user::Polling;
+use place::Place;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 /// Blocks of each; the first warms up.
@@ -47,13 +50,13 @@ fn ratio(ours: u64, floor: u64) -> String {
 /// One of those that are compared.
 struct Run {
     name: &'static str,
-    line: Line,
+    line: fn() -> Line,
     reads: Vec<u64>,
     bursts: Vec<u64>,
 }
 
 impl Run {
-    fn new(name: &'static str, line: Line) -> Run {
+    fn new(name: &'static str, line: fn() -> Line) -> Run {
         Run {
             name,
             line,
@@ -63,24 +66,30 @@ impl Run {
     }
 }
 
-/// All in alternating blocks; `floor` is what they are held against.
-fn interleaved(mut floor: Run, mut runs: Vec<Run>) {
+/// All in alternating blocks; `floor` is what they are held against. Servers live for a block only: one that polls
+/// would take the core from the others.
+fn interleaved(place: Place, mut floor: Run, mut runs: Vec<Run>) {
     for block in 0..BLOCKS {
         for run in std::iter::once(&mut floor).chain(&mut runs) {
-            let reads: Vec<_> = (0..500).map(|_| nanos(|| run.line.round_trip())).collect();
-            let burst = nanos(|| run.line.burst()) / u64::from(BURST);
+            let mut line = place.serve(run.line);
+            let reads: Vec<_> = (0..500).map(|_| nanos(|| line.round_trip())).collect();
+            let burst = nanos(|| line.burst()) / u64::from(BURST);
             if block > 0 {
                 run.reads.extend(reads);
                 run.bursts.push(burst);
             }
         }
     }
+    let place = place.name;
     for (what, per_mille) in [("read round trip p50", 500), ("read round trip p99", 990)] {
         let least = quantile(&mut floor.reads, per_mille);
         for run in &mut runs {
             let own = quantile(&mut run.reads, per_mille);
             let times = ratio(own, least);
-            println!("{what}, {}: {own} ns, floor {least} ns, {times}", run.name);
+            println!(
+                "{place}, {what}, {}: {own} ns, floor {least} ns, {times}",
+                run.name
+            );
         }
     }
     let least = quantile(&mut floor.bursts, 500);
@@ -88,7 +97,7 @@ fn interleaved(mut floor: Run, mut runs: Vec<Run>) {
         let own = quantile(&mut run.bursts, 500);
         let times = ratio(own, least);
         println!(
-            "posted write p50, {}: {own} ns, floor {least} ns, {times}",
+            "{place}, posted write p50, {}: {own} ns, floor {least} ns, {times}",
             run.name
         );
     }
@@ -101,12 +110,15 @@ fn ram() -> OwnedFd {
 }
 
 /// Maps and unmaps of one page each, all of one file: ours and the crate's in turns.
-fn maps() {
+fn maps(place: Place) {
     let ram = ram();
-    let mut lines = [
-        ("ours", Line::to(Served::ours(Polling::Off))),
-        ("vfio_user crate", Line::to(Served::peer())),
-    ];
+    let mut lines = place.serve(|| {
+        [
+            ("ours", Line::to(Served::ours(Polling::Off))),
+            ("vfio_user crate", Line::to(Served::peer())),
+        ]
+    });
+    let place = place.name;
     let mut times = [const { [const { Vec::new() }; 3] }; 2];
     let page = |index: u64| 0x1_0000_0000 + index * 4096;
     for _ in 0..11 {
@@ -139,17 +151,20 @@ fn maps() {
             ("unmaps, one at a time", unmaps),
         ] {
             let us = quantile(times, 500) / 1000;
-            println!("{MAPS} {what}, {name}: {us} us");
+            println!("{place}, {MAPS} {what}, {name}: {us} us");
         }
     }
 }
 
 /// From `connect` to the reply to `VERSION`, ours and the crate's in turns.
-fn connects() {
-    let servers = [
-        ("ours", Served::ours(Polling::Off)),
-        ("vfio_user crate", Served::peer()),
-    ];
+fn connects(place: Place) {
+    let servers = place.serve(|| {
+        [
+            ("ours", Served::ours(Polling::Off)),
+            ("vfio_user crate", Served::peer()),
+        ]
+    });
+    let place = place.name;
     let mut times = [const { Vec::new() }; 2];
     for _ in 0..200 {
         for ((_, served), times) in servers.iter().zip(&mut times) {
@@ -163,7 +178,7 @@ fn connects() {
     }
     for ((name, _), times) in servers.iter().zip(&mut times) {
         let us = quantile(times, 500) / 1000;
-        println!("connect and VERSION p50, {name}: {us} us");
+        println!("{place}, connect and VERSION p50, {name}: {us} us");
     }
 }
 
@@ -191,22 +206,29 @@ fn memory() {
     drop(lines);
 }
 
+/// All comparisons in one place.
+fn compare(place: Place) {
+    let mut runs = vec![
+        Run::new("ours", || Line::to(Served::ours(Polling::Off))),
+        Run::new("vfio_user crate", || Line::to(Served::peer())),
+    ];
+    // On the client's own core a server that polls would only keep it from running.
+    if place.is_parallel() {
+        runs.push(Run::new("ours, polling auto", || {
+            Line::to(Served::ours(Polling::Auto))
+        }));
+        runs.push(Run::new("ours, polling always", || {
+            Line::to(Served::ours(Polling::Always))
+        }));
+    }
+    interleaved(place, Run::new("floor", Line::bare), runs);
+    maps(place);
+    connects(place);
+}
+
 fn register_access(criterion: &mut Criterion) {
     memory();
-    interleaved(
-        Run::new("floor", Line::bare()),
-        vec![
-            Run::new("ours", Line::to(Served::ours(Polling::Off))),
-            Run::new("ours, polling auto", Line::to(Served::ours(Polling::Auto))),
-            Run::new(
-                "ours, polling always",
-                Line::to(Served::ours(Polling::Always)),
-            ),
-            Run::new("vfio_user crate", Line::to(Served::peer())),
-        ],
-    );
-    maps();
-    connects();
+    place::scoped(|| Place::all().into_iter().for_each(compare));
 
     let (mut ours, mut floor) = (Line::to(Served::ours(Polling::Off)), Line::bare());
     let mut reads = criterion.benchmark_group("register_read");

@@ -36,13 +36,14 @@ use crate::health::{Health, HealthStatus};
 use crate::inject::{Flap, Presence};
 use crate::irq::Irq;
 use crate::modes::Modes;
+use crate::on_demand::OnDemand;
 use crate::ownership::{Circumstances, Event};
 use crate::partition::{Partition, PartitionStatus};
 use crate::priority::Priorities;
 use crate::queue::{Queue, QueueStatus, Setup};
 use crate::registers::{RegisterFile, RegisterMap, TableError};
 use crate::scrub::Scrubber;
-use crate::ticker::Ticker;
+use crate::ticker;
 use crate::timing::Timing;
 
 type Map = LazyLock<Result<RegisterMap, TableError>>;
@@ -102,7 +103,7 @@ pub struct Gpu {
     attachment: Mutex<Option<Attachment>>,
     pub(crate) irq: Arc<Irq>,
     scrubber: Scrubber,
-    pub(crate) ticker: Ticker,
+    pub(crate) ticker: OnDemand,
     clock: Arc<MovedClock>,
     /// Pauses that have not ended. Held by whoever does what is due.
     pauses: Mutex<u32>,
@@ -181,7 +182,7 @@ impl Gpu {
             aperture,
             attachment: Mutex::new(None),
             scrubber: Scrubber::new(Arc::clone(&irq), Arc::clone(&clock) as _),
-            ticker: Ticker::new(myself.clone()),
+            ticker: OnDemand::new("gpu-ticker", myself.clone(), ticker::work),
             clock,
             pauses: Mutex::default(),
             lifecycle: Mutex::new(()),
@@ -334,7 +335,7 @@ impl Gpu {
         if enable {
             enabled = target.enable(|| self.is_ready().then(|| self.setup(index)));
             if let Some(page) = &self.mapped_doorbells {
-                page.start();
+                page.poller().wake();
             }
         } else if !reset {
             target.disable();

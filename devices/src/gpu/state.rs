@@ -116,7 +116,7 @@ impl Gpu {
         drop(pauses);
         self.ticker.wake_if_used();
         if let Some(page) = &self.mapped_doorbells {
-            page.start();
+            page.poller().wake_if_used();
         }
     }
 
@@ -420,8 +420,9 @@ impl Gpu {
             queue.restore(saved, reach, waits);
         }
         self.boot.restore(&state.boot);
-        if let Some(page) = &self.mapped_doorbells {
-            page.start();
+        match &self.mapped_doorbells {
+            Some(page) if self.queues.iter().any(Queue::is_enabled) => page.poller().wake(),
+            _ => {}
         }
         let mut leases = self.partitions().iter().filter_map(|it| it.lease_end());
         if leases.next().is_some() || !state.flaps.is_empty() {

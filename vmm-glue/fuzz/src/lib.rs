@@ -1,7 +1,8 @@
 //! Fuzz targets of the vfio-user server.
 //!
 //! An input is a stream of messages as a client sends it. The reserved error field of a command says what else the client
-//! does: how many descriptors go with it, of what they are, where the message is cut in two, and how long it waits then.
+//! does: how many descriptors go with it, of what they are, whether it goes over the second socket, where the message is cut
+//! in two, and how long it waits then.
 //!
 //! | part | what it does |
 //! |---|---|

@@ -62,6 +62,8 @@ pub struct Manner {
     pub fds: usize,
     /// Of what they are: the first is `kind`, the next one more.
     pub kind: usize,
+    /// Whether it goes over the second socket if there is one, where replies go in any case.
+    pub twin: bool,
     /// Where it is cut in two, if inside it.
     pub cut: usize,
     /// How long the client waits after it for the server to ask for something, at most.
@@ -81,7 +83,8 @@ impl Manner {
         let byte = |at| message.get(at).copied().map_or(0, usize::from);
         Manner {
             fds: byte(12) % (MAX_FDS + 1),
-            kind: byte(13),
+            kind: byte(13) & 0x7f,
+            twin: byte(13) & 0x80 != 0,
             cut: byte(14),
             pause: PAUSE * message.get(15).copied().map_or(0, u32::from),
         }

@@ -25,6 +25,35 @@ impl Stream {
         stream
     }
 
+    /// The same with a second socket, which is waited for.
+    fn with_twin() -> Stream {
+        let mut stream = Stream::default();
+        let json: &[u8] =
+            b"{\"capabilities\":{\"max_msg_fds\":8,\"twin_socket\":{\"supported\":true}}}\0";
+        let body = [&[0; 4], json].concat();
+        stream.message(command::VERSION, 0, [0, 0, 0, 200], &body);
+        stream
+    }
+
+    /// Maps memory without a descriptor, has a GPU read its ring there, and answers that.
+    fn work_in_asked_memory(&mut self) -> &mut Stream {
+        self.map(0, RAM, SIZE).start();
+        let packet = sdma::fence(RAM + 0x2000, 7);
+        let bytes = u64::try_from(4 * packet.len()).unwrap_or(0);
+        let count = [longs(&[0]), words(&[pci::BAR_DOORBELLS.into(), 8])].concat();
+        let doorbell = [count, longs(&[bytes])].concat();
+        self.message(
+            command::REGION_WRITE,
+            flag::NO_REPLY,
+            [0, 0, 0, 255],
+            &doorbell,
+        );
+        // What the worker asks for first.
+        let data = [longs(&[RAM, bytes]), words(&packet)].concat();
+        self.message(command::DMA_READ, flag::REPLY, [0; 4], &data);
+        self
+    }
+
     fn message(&mut self, command: u16, flags: u32, manner: [u8; 4], body: &[u8]) {
         self.id += 1;
         let size = u32::try_from(16 + body.len()).unwrap_or(u32::MAX);
@@ -150,21 +179,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         it.read(pci::BAR_REGISTERS, status.into(), 4);
     });
     seed("memory_that_is_asked_for", &|it| {
-        it.map(0, RAM, SIZE).start();
-        let packet = sdma::fence(RAM + 0x2000, 7);
-        let bytes = u64::try_from(4 * packet.len()).unwrap_or(0);
-        let count = [longs(&[0]), words(&[pci::BAR_DOORBELLS.into(), 8])].concat();
-        let doorbell = [count, longs(&[bytes])].concat();
-        it.message(
-            command::REGION_WRITE,
-            flag::NO_REPLY,
-            [0, 0, 0, 255],
-            &doorbell,
-        );
-        // What the worker asks for first.
-        let data = [longs(&[RAM, bytes]), words(&packet)].concat();
-        it.message(command::DMA_READ, flag::REPLY, [0; 4], &data);
-        it.read(pci::BAR_REGISTERS, 0, 4);
+        it.work_in_asked_memory().read(pci::BAR_REGISTERS, 0, 4);
     });
     seed("many_writes", &|it| {
         let entry =
@@ -207,5 +222,12 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         it.message(command::REGION_READ, 0, [0, 0, 20, 0], &body);
         it.bytes.truncate(it.bytes.len() - 3);
     });
+    let mut stream = Stream::with_twin();
+    stream.work_in_asked_memory();
+    // A command that belongs on the other socket, with a descriptor.
+    let info = words(&[16, 0, 0, 0]);
+    stream.message(command::GET_INFO, 0, [1, 0x80, 0, 0], &info);
+    stream.read(pci::BAR_REGISTERS, 0, 4);
+    all.push(("a_second_socket", stream.bytes));
     all
 }

@@ -1,11 +1,12 @@
 //! A session with a GPU behind it: every command gets its one answer in its turn, and nothing stays behind.
 //!
 //! The client sends the stream as it is, with descriptors, cuts and pauses as each message says ([`Manner`]), and reads
-//! whatever comes meanwhile; only a reply in it gets the number of what the server asked for last. A model of two lines knows what has to be answered: each whole command that asks for it, up to the
-//! first size that cannot be.
+//! whatever comes meanwhile; only a reply in it gets the number of what the server asked for last. If the server gave it a
+//! second socket it sends replies there, and commands that say so ([`Manner::twin`]), which are refused. A model of a few lines
+//! knows what has to be answered: each whole command that asks for it, up to the first size that cannot be.
 
 use std::fs::File;
-use std::io::{ErrorKind, IoSlice, Read};
+use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -15,13 +16,16 @@ use std::time::{Duration, Instant};
 use numagpu_devices::bus::HbmStore;
 use numagpu_devices::memory::AnonymousStore;
 use numagpu_devices::{Fabric, Gpu, GpuConfig, PartitionConfig};
-use numagpu_vmm_glue::vfio_user::session::Session;
+use numagpu_vmm_glue::vfio_user::session::{Buffers, Session};
 use numagpu_vmm_glue::vfio_user::wire::{HEADER_SIZE, Header, Kind, flag};
 use numagpu_vmm_glue::vfio_user::{Limits, MAX_MESSAGE};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 use rustix::pipe::pipe;
 
 use crate::Tally;
@@ -84,39 +88,20 @@ pub fn run(stream: &[u8]) -> Tally {
     let session = std::thread::spawn(move || {
         let server = Arc::new(OwnedFd::from(server));
         // Why it ended is the client's doing.
-        let _ended = Session::new(function, server, Limits::default()).run();
+        let _ended =
+            Session::new(function, server, Limits::default()).run(&mut Buffers::default(), || ());
     });
-    let mut client = Client {
-        socket: client,
-        received: Vec::new(),
-        gone: false,
-        patience: PATIENCE,
-    };
-    let mut expected = Vec::new();
+    let mut client = Client::new(client);
     let mut tally = Tally::default();
     for piece in pieces(stream) {
-        match piece {
-            Piece::Message(header, _) => {
-                tally.messages += 1;
-                expected.extend(answer(&header));
-            }
-            Piece::BadSize(header, _) => expected.extend(answer(&header)),
-            Piece::Rest(_) => {}
+        if let Piece::Message(..) = piece {
+            tally.messages += 1;
         }
-        let manner = Manner::of(piece.bytes());
-        match (piece, client.asked()) {
-            (Piece::Message(header, reply), Some(asked)) if header.kind() == Kind::Reply => {
-                let mut reply = reply.to_vec();
-                let number = [asked.id.to_ne_bytes(), asked.command.to_ne_bytes()].concat();
-                reply.splice(..number.len(), number);
-                client.send(&reply, manner, &bench.files);
-            }
-            _ => client.send(piece.bytes(), manner, &bench.files),
-        }
+        client.play(piece, &bench.files);
     }
     client.finish();
     assert!(session.join().is_ok(), "the session panicked");
-    client.check(&expected, &mut tally);
+    client.check(&mut tally);
     drop(client);
     let now = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
     // The GPU's threads open nothing, but the first input has them started.
@@ -130,47 +115,56 @@ fn answer(header: &Header) -> Option<(u16, u16)> {
     (header.kind() != Kind::Reply && !header.no_reply()).then_some((header.id, header.command))
 }
 
-struct Client {
+/// One socket of the client's.
+struct Line {
     socket: UnixStream,
     received: Vec<u8>,
     /// The server has closed.
     gone: bool,
-    /// How long it still waits.
-    patience: Duration,
+    /// What has to be answered over it.
+    expected: Vec<(u16, u16)>,
 }
 
-impl Client {
-    /// Sends bytes in one or two pieces, descriptors with the first.
-    fn send(&mut self, bytes: &[u8], manner: Manner, files: &[OwnedFd]) {
-        let of = |n: usize| files.get((manner.kind + n) % files.len()).map(AsFd::as_fd);
-        let fds: Vec<BorrowedFd<'_>> = (0..manner.fds).filter_map(of).collect();
-        let (first, second) = bytes.split_at_checked(manner.cut).unwrap_or((bytes, &[]));
-        let mut fds = fds.as_slice();
-        for mut rest in [first, second] {
-            while !rest.is_empty() && !self.gone {
-                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(17))];
-                let mut control = SendAncillaryBuffer::new(&mut space);
-                if !fds.is_empty() {
-                    control.push(SendAncillaryMessage::ScmRights(fds));
-                }
-                let parts = [IoSlice::new(rest)];
-                match sendmsg(&self.socket, &parts, &mut control, SendFlags::NOSIGNAL) {
-                    Ok(sent) => {
-                        rest = rest.get(sent..).unwrap_or_default();
-                        fds = &[];
-                    }
-                    Err(Errno::AGAIN | Errno::INTR) => {}
-                    Err(_) => self.gone = true,
-                }
-                self.receive();
-            }
-        }
-        if !manner.pause.is_zero() {
-            self.wait(manner.pause);
+impl Line {
+    fn new(socket: UnixStream) -> Self {
+        socket.set_nonblocking(true).expect("a flag");
+        Self {
+            socket,
+            received: Vec::new(),
+            gone: false,
+            expected: Vec::new(),
         }
     }
 
-    /// What the server asked for last.
+    /// Takes what has come; the first descriptor that did.
+    fn receive(&mut self) -> Option<OwnedFd> {
+        let mut buffer = [0; 1 << 16];
+        let mut first = None;
+        while !self.gone {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut parts = [IoSliceMut::new(&mut buffer)];
+            let flags = RecvFlags::CMSG_CLOEXEC;
+            match recvmsg(&self.socket, &mut parts, &mut control, flags) {
+                Ok(got) if got.bytes == 0 => self.gone = true,
+                Ok(got) => {
+                    for message in control.drain() {
+                        if let RecvAncillaryMessage::ScmRights(mut fds) = message {
+                            first = first.or(fds.next());
+                        }
+                    }
+                    let bytes = buffer.get(..got.bytes).unwrap_or_default();
+                    self.received.extend(bytes);
+                }
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(_) => self.gone = true,
+            }
+        }
+        first
+    }
+
+    /// The last command that came.
     fn asked(&self) -> Option<Header> {
         let mut rest = self.received.as_slice();
         let mut last = None;
@@ -181,50 +175,22 @@ impl Client {
         last
     }
 
-    /// Waits until the server asks for something, or `limit` is over.
-    fn wait(&mut self, limit: Duration) {
-        let limit = limit.min(self.patience);
-        let (had, begun) = (self.asked(), Instant::now());
-        while !self.gone && self.asked() == had && begun.elapsed() < limit {
-            std::thread::yield_now();
-            self.receive();
+    /// Answers that came.
+    fn answers(&self) -> usize {
+        let mut rest = self.received.as_slice();
+        let mut answers = 0;
+        while let Some(header) = Header::decode(rest)
+            && let Some(next) = rest.get(header.size.max(1) as usize..)
+        {
+            answers += usize::from(header.kind() == Kind::Reply);
+            rest = next;
         }
-        self.patience = self.patience.saturating_sub(begun.elapsed());
+        answers
     }
 
-    /// Takes what has come.
-    fn receive(&mut self) {
-        let mut buffer = [0; 1 << 16];
-        loop {
-            match self.socket.read(&mut buffer) {
-                Ok(0) => self.gone = true,
-                Ok(len) => {
-                    self.received.extend(buffer.get(..len).unwrap_or_default());
-                    continue;
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(_) => self.gone = true,
-            }
-            return;
-        }
-    }
-
-    /// Sends no more, and takes all that comes until the server has closed.
-    fn finish(&mut self) {
-        let _closed = self.socket.shutdown(std::net::Shutdown::Write);
-        let end = Instant::now() + LIMIT;
-        self.receive();
-        while !self.gone {
-            assert!(Instant::now() < end, "the session does not end");
-            std::thread::yield_now();
-            self.receive();
-        }
-    }
-
-    /// Holds what came against what had to.
-    fn check(&self, expected: &[(u16, u16)], tally: &mut Tally) {
-        let mut expected = expected.iter();
+    /// Holds what came against what had to: over the socket that the server asks over, and until its end.
+    fn check(&self, asks: bool, to_the_end: bool, tally: &mut Tally) {
+        let mut expected = self.expected.iter();
         let mut rest = self.received.as_slice();
         while let Some(header) = Header::decode(rest) {
             let size = header.size as usize;
@@ -235,7 +201,10 @@ impl Client {
             };
             rest = next;
             if header.kind() == Kind::Command {
-                assert!(matches!(header.command, 11 | 12), "{header:?}");
+                assert!(
+                    asks && matches!(header.command, 11 | 12),
+                    "{header:?}, {asks}"
+                );
                 tally.asked += 1;
                 continue;
             }
@@ -257,6 +226,154 @@ impl Client {
             let answered = Some(&(header.id, header.command));
             assert_eq!(answered, expected.next(), "answers come in order, and once");
         }
-        assert_eq!(expected.next(), None, "a command without an answer");
+        if to_the_end {
+            assert_eq!(expected.next(), None, "a command without an answer");
+        }
+    }
+}
+
+struct Client {
+    main: Line,
+    /// The second socket, once the server has given one.
+    twin: Option<Line>,
+    /// Whether the first one's stream had a size that cannot be, which ends both.
+    broken: bool,
+    /// How long it still waits.
+    patience: Duration,
+}
+
+impl Client {
+    fn new(socket: UnixStream) -> Self {
+        Self {
+            main: Line::new(socket),
+            twin: None,
+            broken: false,
+            patience: PATIENCE,
+        }
+    }
+
+    /// Does what a piece of the stream says.
+    fn play(&mut self, piece: Piece<'_>, files: &[OwnedFd]) {
+        let manner = Manner::of(piece.bytes());
+        let mut bytes = piece.bytes().to_vec();
+        let header = match piece {
+            Piece::Message(header, _) | Piece::BadSize(header, _) => Some(header),
+            Piece::Rest(_) => None,
+        };
+        let is_message = matches!(piece, Piece::Message(..));
+        self.broken |= matches!(piece, Piece::BadSize(..));
+        let is_reply = is_message && header.is_some_and(|it| it.kind() == Kind::Reply);
+        if is_reply && let Some(asked) = self.asked() {
+            let number = [asked.id.to_ne_bytes(), asked.command.to_ne_bytes()].concat();
+            bytes.splice(..number.len(), number);
+        }
+        // What ends the first socket's stream stays there.
+        let over_twin = is_message && self.twin.is_some() && (is_reply || manner.twin);
+        if let Some(header) = &header {
+            let line = match &mut self.twin {
+                Some(twin) if over_twin => twin,
+                _ => &mut self.main,
+            };
+            line.expected.extend(answer(header));
+        }
+        self.send(&bytes, over_twin, manner, files);
+    }
+
+    /// Sends bytes in one or two pieces, descriptors with the first.
+    fn send(&mut self, bytes: &[u8], over_twin: bool, manner: Manner, files: &[OwnedFd]) {
+        let of = |n: usize| files.get((manner.kind + n) % files.len()).map(AsFd::as_fd);
+        let fds: Vec<BorrowedFd<'_>> = (0..manner.fds).filter_map(of).collect();
+        let (first, second) = bytes.split_at_checked(manner.cut).unwrap_or((bytes, &[]));
+        let mut fds = fds.as_slice();
+        for mut rest in [first, second] {
+            loop {
+                let line = match &mut self.twin {
+                    Some(twin) if over_twin => twin,
+                    _ => &mut self.main,
+                };
+                if rest.is_empty() || line.gone {
+                    break;
+                }
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(17))];
+                let mut control = SendAncillaryBuffer::new(&mut space);
+                if !fds.is_empty() {
+                    control.push(SendAncillaryMessage::ScmRights(fds));
+                }
+                let parts = [IoSlice::new(rest)];
+                match sendmsg(&line.socket, &parts, &mut control, SendFlags::NOSIGNAL) {
+                    Ok(sent) => {
+                        rest = rest.get(sent..).unwrap_or_default();
+                        fds = &[];
+                    }
+                    Err(Errno::AGAIN | Errno::INTR) => {}
+                    Err(_) => line.gone = true,
+                }
+                self.receive();
+            }
+        }
+        if !manner.pause.is_zero() {
+            self.wait(manner.pause);
+        }
+    }
+
+    /// What the server asked for last, over the socket that it asks over.
+    fn asked(&self) -> Option<Header> {
+        self.twin.as_ref().unwrap_or(&self.main).asked()
+    }
+
+    /// Waits until the server asks for something or gives a second socket, or `limit` is over.
+    fn wait(&mut self, limit: Duration) {
+        let limit = limit.min(self.patience);
+        let state = |client: &Self| (client.asked(), client.twin.is_some());
+        let (had, begun) = (state(self), Instant::now());
+        while !self.main.gone && state(self) == had && begun.elapsed() < limit {
+            std::thread::yield_now();
+            self.receive();
+        }
+        self.patience = self.patience.saturating_sub(begun.elapsed());
+    }
+
+    /// Takes what has come over both sockets.
+    fn receive(&mut self) {
+        let descriptor = self.main.receive();
+        let named = b"\"twin_socket\":{\"supported\":true,\"fd_index\":0}";
+        let mut received = self.main.received.windows(named.len());
+        if self.twin.is_none()
+            && let Some(descriptor) = descriptor
+            && received.any(|it| it == named)
+        {
+            self.twin = Some(Line::new(descriptor.into()));
+        }
+        if let Some(twin) = &mut self.twin {
+            twin.receive();
+        }
+    }
+
+    /// Sends no more, and takes all that comes until the server has closed. What went over the second socket is answered
+    /// before: the end of the first one is its end too.
+    fn finish(&mut self) {
+        let end = Instant::now() + LIMIT;
+        self.receive();
+        while let Some(twin) = &self.twin
+            && !(self.main.gone && twin.gone)
+            && twin.answers() < twin.expected.len()
+        {
+            assert!(Instant::now() < end, "the second socket does not answer");
+            std::thread::yield_now();
+            self.receive();
+        }
+        let _closed = self.main.socket.shutdown(std::net::Shutdown::Write);
+        while !self.main.gone {
+            assert!(Instant::now() < end, "the session does not end");
+            std::thread::yield_now();
+            self.receive();
+        }
+    }
+
+    fn check(&self, tally: &mut Tally) {
+        self.main.check(self.twin.is_none(), true, tally);
+        if let Some(twin) = &self.twin {
+            twin.check(true, !self.broken, tally);
+        }
     }
 }

@@ -54,6 +54,13 @@ fn sessions_answer_each_command_once() {
         assert_eq!(run("many_writes").refused, 0);
         // The client does not wait for long; on a busy host the GPU may be later.
         assert!((0..50).any(|_| run("memory_that_is_asked_for").asked > 0));
+        let (mut asked, mut refused) = (false, false);
+        for _ in 0..50 {
+            let tally = run("a_second_socket");
+            asked |= tally.asked > 0;
+            refused |= tally.refused == 1;
+        }
+        assert!(asked && refused);
         assert_eq!(run("refusals").good, 1);
         let tally = run("a_size_that_cannot_be");
         assert_eq!((tally.messages, tally.good, tally.refused), (1, 1, 1));

@@ -2,7 +2,7 @@
 //!
 //! The list is what `strace` shows of servers, clients, scrubs, the control socket, panics and the end, and what the C
 //! library may do instead on other hosts. Nothing on it opens, makes or starts anything but threads, maps of files that
-//! are open, and event descriptors.
+//! are open, event descriptors, and pairs of sockets that are connected to each other and to nothing else.
 
 use std::collections::BTreeMap;
 
@@ -99,8 +99,14 @@ const ANY_OLD: &[i64] = &[];
 /// Argument, bits of it that count, and what they have to be.
 type Condition = (u8, u64, u64);
 
-/// Calls that are allowed only with arguments that meet one of the conditions.
-fn with_arguments() -> [(i64, Vec<Condition>); 7] {
+/// Conditions that are met together.
+type Rule = Vec<Condition>;
+
+/// What `socketpair` has beside the type of its sockets in the argument for it.
+const SOCKET_FLAGS: i32 = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+
+/// Calls that are allowed only with arguments that follow one of the rules.
+fn with_arguments() -> [(i64, Vec<Rule>); 8] {
     let low = |value: i32| u64::from(value.cast_unsigned());
     let thread = low(libc::CLONE_THREAD);
     let executable = low(libc::PROT_EXEC);
@@ -113,24 +119,35 @@ fn with_arguments() -> [(i64, Vec<Condition>); 7] {
     ];
     [
         // Threads of this process, no processes.
-        (libc::SYS_clone, vec![(0, thread, thread)]),
+        (libc::SYS_clone, vec![vec![(0, thread, thread)]]),
         // Nothing that could be executed. The handler of SIGBUS maps too (`sys::guarded`).
-        (libc::SYS_mmap, vec![(2, executable, 0)]),
-        (libc::SYS_mprotect, vec![(2, executable, 0)]),
+        (libc::SYS_mmap, vec![vec![(2, executable, 0)]]),
+        (libc::SYS_mprotect, vec![vec![(2, executable, 0)]]),
         // Looking at descriptors, and copies of them. Not `F_SETOWN`, which can have signals sent to others.
         (
             libc::SYS_fcntl,
-            looks.map(|look| (1, all, low(look))).to_vec(),
+            looks.map(|look| vec![(1, all, low(look))]).to_vec(),
+        ),
+        // Streams to itself, one end of which a client may get. Not datagrams, which can be sent to others.
+        (
+            libc::SYS_socketpair,
+            vec![vec![
+                (0, all, low(libc::AF_UNIX)),
+                (1, all & !low(SOCKET_FLAGS), low(libc::SOCK_STREAM)),
+            ]],
         ),
         // Names of threads.
-        (libc::SYS_prctl, vec![(0, all, low(libc::PR_SET_NAME))]),
+        (
+            libc::SYS_prctl,
+            vec![vec![(0, all, low(libc::PR_SET_NAME))]],
+        ),
         // Signals to this process, which is how it aborts.
         (
             libc::SYS_tgkill,
-            vec![(0, all, u64::from(std::process::id()))],
+            vec![vec![(0, all, u64::from(std::process::id()))]],
         ),
         // Its limits: read, not set.
-        (libc::SYS_prlimit64, vec![(2, u64::MAX, 0)]),
+        (libc::SYS_prlimit64, vec![vec![(2, u64::MAX, 0)]]),
     ]
 }
 
@@ -161,11 +178,13 @@ pub fn restrict(mode: Mode) -> Result<(), CallsError> {
 fn allowed() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     let any = ANY.iter().chain(ANY_OLD).chain([&libc::SYS_clone3]);
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = any.map(|call| (*call, Vec::new())).collect();
-    for (call, conditions) in with_arguments() {
-        let rule = |condition| SeccompRule::new(vec![condition]);
-        let conditions = conditions.into_iter().map(condition);
-        let conditions = conditions.map(|it| it.and_then(rule));
-        rules.insert(call, conditions.collect::<Result<_, _>>()?);
+    for (call, alternatives) in with_arguments() {
+        let rule = |conditions: Rule| {
+            let conditions = conditions.into_iter().map(condition);
+            SeccompRule::new(conditions.collect::<Result<_, _>>()?)
+        };
+        let alternatives = alternatives.into_iter().map(rule);
+        rules.insert(call, alternatives.collect::<Result<_, _>>()?);
     }
     Ok(rules)
 }

@@ -1,35 +1,38 @@
-//! The way to the client: one socket whose writers take turns, and commands of ours that wait for their replies.
+//! The way to the client: what is sent to it, and commands of ours that wait for their replies.
 //!
-//! The serving thread reads everything that comes, so it is the one that hands a waiting thread its reply. From this
-//! follow the rules by which nobody waits for ever:
+//! Without a second socket the serving thread reads everything that comes, so it is the one that hands a waiting thread
+//! its reply. From this follow the rules by which nobody waits for ever:
 //!
 //! - The serving thread itself never asks the client: it would wait for itself.
-//! - A wait ends after [`PATIENCE`].
 //! - A wait ends when the serving thread has been in one request for [`BUSY`]: that request may be waiting for the one
 //!   who waits here, as a reset does for the work of a queue.
-//! - An unmap ends the waits for its memory, and a disconnect ends all.
+//!
+//! With a second socket (`twin`) another thread reads the replies. Then any thread may ask, however long a
+//! request takes, and a wait looks for itself whether the connection has ended, which the serving thread would not see
+//! while it waits.
+//!
+//! In either case
+//!
+//! - A wait ends after [`PATIENCE`].
+//! - An unmap ends the waits for its memory, and a disconnect ends all; so does the end of the second socket.
 //!
 //! A reply that comes after its wait has ended is dropped.
 
 use std::collections::HashMap;
-use std::io::{self, IoSlice};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, send, sendmsg, shutdown,
-};
 use thiserror::Error;
 
+use super::MAX_TRANSFER;
 use super::bounce::Bounce;
+use super::channel::Channel;
 use super::wire::{DmaHead, Header, Moved};
-use super::{MAX_FDS, MAX_TRANSFER};
 
 /// How long a client may take to answer. QEMU gives a server as long.
 pub const PATIENCE: Duration = Duration::from_secs(5);
@@ -43,7 +46,7 @@ const CHUNK: usize = 64 << 10;
 /// Most commands that wait at a time.
 const MAX_WAITING: usize = 1024;
 
-/// How often a wait looks whether the serving thread is stuck.
+/// How often a wait looks whether the serving thread is stuck, or the connection has ended.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// Why the client did not move memory.
@@ -52,6 +55,9 @@ pub enum Failure {
     /// It is gone.
     #[error("the client is gone")]
     Closed,
+    /// The second socket, on which alone it takes commands, has ended.
+    #[error("the client closed the socket for commands")]
+    Deaf,
     /// The map was removed.
     #[error("the map was removed")]
     Unmapped,
@@ -114,10 +120,10 @@ impl Remote {
 /// The client of one connection.
 #[derive(Debug)]
 pub struct Client {
-    /// Locked for as long as it takes to send a message; none once the connection has ended.
-    socket: Mutex<Option<Arc<OwnedFd>>>,
-    /// The same, to be shut down while somebody sends.
-    handle: Weak<OwnedFd>,
+    /// Where its commands come from, and without a twin everything goes.
+    main: Channel,
+    /// Where our commands go and their replies come from, if the client asked for it.
+    twin: OnceLock<Channel>,
     server: OnceLock<ThreadId>,
     /// Odd while the serving thread is in a request.
     turns: AtomicU64,
@@ -130,6 +136,8 @@ pub struct Client {
 #[derive(Debug, Default)]
 struct Pending {
     closed: bool,
+    /// The twin has ended.
+    deaf: bool,
     last_id: u16,
     waits: HashMap<u16, Wait>,
 }
@@ -148,8 +156,8 @@ impl Client {
     #[must_use]
     pub fn new(socket: Arc<OwnedFd>) -> Self {
         Self {
-            handle: Arc::downgrade(&socket),
-            socket: Mutex::new(Some(socket)),
+            main: Channel::new(socket),
+            twin: OnceLock::new(),
             server: OnceLock::new(),
             turns: AtomicU64::new(0),
             chunk: AtomicUsize::new(CHUNK),
@@ -161,6 +169,18 @@ impl Client {
     /// The calling thread is the serving one.
     pub fn serve_here(&self) {
         let _ = self.server.set(std::thread::current().id());
+    }
+
+    /// Commands go over `twin` from now on, and their replies come from there. For the serving thread, before there are
+    /// any.
+    pub(super) fn ask_over(&self, twin: Arc<OwnedFd>) {
+        let _ = self.twin.set(Channel::new(twin));
+    }
+
+    /// Whether there is a second socket for commands, or was one.
+    #[must_use]
+    pub fn has_twin(&self) -> bool {
+        self.twin.get().is_some()
     }
 
     /// Takes note of the client's `max_data_xfer_size`.
@@ -182,18 +202,21 @@ impl Client {
         self.turns.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Sends a message of the serving thread, with descriptors on its first byte: one call, unless it is larger than
-    /// the socket's buffer.
+    /// Sends a message of the serving thread, with descriptors on its first byte.
     ///
     /// # Errors
-    /// The socket's; more than [`MAX_FDS`] descriptors are refused.
+    /// The socket's; more than [`MAX_FDS`](super::MAX_FDS) descriptors are refused.
     pub fn reply(&self, message: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let socket = self.socket();
-        let socket = socket.as_ref().ok_or(Errno::PIPE)?;
-        match files {
-            [] => send_all(socket, message),
-            _ => send_all(socket, send_with(socket, message, files)?),
-        }
+        self.main.send(message, files)
+    }
+
+    /// Answers a command that came over the second socket.
+    ///
+    /// # Errors
+    /// A client that does not read there is given up after [`PATIENCE`].
+    pub(super) fn refuse(&self, message: &[u8]) -> io::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        self.post(message, &[], deadline).map_err(io::Error::other)
     }
 
     /// Whether an access to such a map has any hope, and may wait.
@@ -201,7 +224,7 @@ impl Client {
     /// # Errors
     /// [`Failure`].
     pub fn check(&self, remote: &Remote) -> Result<(), Failure> {
-        if self.server.get() == Some(&std::thread::current().id()) {
+        if !self.has_twin() && self.server.get() == Some(&std::thread::current().id()) {
             return Err(Failure::OwnThread);
         }
         match remote.is_dead() || self.chunk.load(Ordering::Relaxed) == 0 {
@@ -262,6 +285,9 @@ impl Client {
         if pending.closed {
             return Err(Failure::Closed);
         }
+        if pending.deaf {
+            return Err(Failure::Deaf);
+        }
         if remote.gone.load(Ordering::SeqCst) {
             return Err(Failure::Unmapped);
         }
@@ -315,14 +341,18 @@ impl Client {
                 break Err(Failure::TooLate);
             }
             let at = self.turns.load(Ordering::Relaxed);
-            if at != turn.0 || at.is_multiple_of(2) {
+            if self.has_twin() || at != turn.0 || at.is_multiple_of(2) {
                 turn = (at, now);
             } else if now.duration_since(turn.1) >= BUSY {
                 break Err(Failure::Busy);
             }
             let part = LOOK.min(deadline.duration_since(now));
             let woken = self.changed.wait_timeout(pending, part);
-            pending = woken.unwrap_or_else(PoisonError::into_inner).0;
+            let (again, ended) = woken.unwrap_or_else(PoisonError::into_inner);
+            pending = again;
+            if ended.timed_out() && self.has_twin() && self.main.hung_up() {
+                break Err(Failure::Closed);
+            }
         };
         if let Some(wait) = pending.waits.remove(&id)
             && !wait.head.is_write
@@ -332,7 +362,7 @@ impl Client {
         outcome
     }
 
-    /// Hands a reply to who waits for it. For the serving thread.
+    /// Hands a reply to who waits for it. For the one thread that reads replies.
     pub fn answer(&self, header: &Header, body: &[u8]) {
         let mut pending = self.pending();
         let wait = pending.waits.get_mut(&header.id);
@@ -361,11 +391,24 @@ impl Client {
     pub fn close(&self) {
         self.pending().closed = true;
         self.give_up(Failure::Closed, |_| true);
-        // Wakes whoever sends, and so gives the lock back.
-        if let Some(socket) = self.handle.upgrade() {
-            let _ = shutdown(&*socket, Shutdown::Both);
+        self.main.close();
+        if let Some(twin) = self.twin.get() {
+            twin.close();
         }
-        *self.socket() = None;
+    }
+
+    /// The second socket ends: nobody waits for what would come there, and nothing is asked any more.
+    pub(super) fn end_twin(&self) {
+        // A client that goes closes both, in any order.
+        let failure = match self.main.hung_up() {
+            true => Failure::Closed,
+            false => Failure::Deaf,
+        };
+        self.pending().deaf = true;
+        self.give_up(failure, |_| true);
+        if let Some(twin) = self.twin.get() {
+            twin.close();
+        }
     }
 
     fn give_up(&self, failure: Failure, which: impl Fn(&DmaHead) -> bool) {
@@ -379,35 +422,19 @@ impl Client {
         self.changed.notify_all();
     }
 
-    /// Sends a command of a thread that is not the serving one. A client that does not read is given up at the
-    /// deadline; in the middle of a message that ends the connection.
+    /// Sends a command, or an answer to one that came over the second socket. A client that does not read is given up
+    /// at the deadline; in the middle of a message that ends the connection, or the second socket if there is one.
     fn post(&self, head: &[u8], data: &[u8], deadline: Instant) -> Result<(), Failure> {
-        let socket = self.socket();
-        let socket = socket.as_deref().ok_or(Failure::Closed)?;
-        let mut sent = 0;
-        while sent < head.len() + data.len() {
-            let (first, second) = match head.get(sent..) {
-                Some(rest) => (rest, data),
-                None => (&[][..], data.get(sent - head.len()..).unwrap_or_default()),
-            };
-            let parts = [IoSlice::new(first), IoSlice::new(second)];
-            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            match sendmsg(socket, &parts, &mut SendAncillaryBuffer::default(), flags) {
-                Ok(more) => sent += more,
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) if Instant::now() < deadline => await_room(socket),
-                Err(Errno::AGAIN) if sent == 0 => return Err(Failure::TooLate),
-                Err(_) => {
-                    let _ = shutdown(socket, Shutdown::Both);
-                    return Err(Failure::Closed);
-                }
-            }
+        let Some(twin) = self.twin.get() else {
+            return self.main.post(head, data, deadline, || false);
+        };
+        // The end of the connection would wake nobody who waits for room in the other socket.
+        let is_over = || self.main.hung_up();
+        match twin.post(head, data, deadline, is_over) {
+            Err(_) if self.main.hung_up() => Err(Failure::Closed),
+            Err(Failure::Closed) => Err(Failure::Deaf),
+            other => other,
         }
-        Ok(())
-    }
-
-    fn socket(&self) -> MutexGuard<'_, Option<Arc<OwnedFd>>> {
-        self.socket.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
@@ -419,14 +446,12 @@ impl Wait {
     /// Takes what a reply brings.
     fn settle(&mut self, header: &Header, body: &[u8]) -> Result<(), Failure> {
         if header.is_error() {
-            let errno = i32::try_from(header.error).unwrap_or(0);
-            // The number is optional (specification, "Header").
-            let errno = if errno == 0 {
-                Errno::IO.raw_os_error()
-            } else {
-                errno
+            // The number is optional (specification, "Header"), and may be none that there is.
+            let errno = match i32::try_from(header.error) {
+                Ok(errno @ 1..4096) => Errno::from_raw_os_error(errno),
+                _ => Errno::IO,
             };
-            return Err(Failure::Refused(Errno::from_raw_os_error(errno)));
+            return Err(Failure::Refused(errno));
         }
         let short = Failure::Short(body.len());
         let moved = Moved::decode(header.command, body).ok_or(short)?;
@@ -443,49 +468,5 @@ impl Wait {
             place.copy_from_slice(data.get(..place.len()).ok_or(short)?);
         }
         Ok(())
-    }
-}
-
-/// Waits a while for room in the socket's buffer, or for its end.
-fn await_room(socket: &OwnedFd) {
-    let mut fds = [PollFd::new(socket, PollFlags::OUT)];
-    let pause = Timespec {
-        tv_sec: 0,
-        tv_nsec: 50_000_000,
-    };
-    let _ = poll(&mut fds, Some(&pause));
-}
-
-/// Sends all of a message.
-fn send_all(socket: impl AsFd, mut message: &[u8]) -> io::Result<()> {
-    while !message.is_empty() {
-        match send(&socket, message, SendFlags::NOSIGNAL) {
-            Ok(sent) => message = message.get(sent..).unwrap_or_default(),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
-/// Sends descriptors with the first bytes of a message, which are all of them unless the socket's buffer is full;
-/// what is left to send.
-fn send_with<'m>(
-    socket: impl AsFd,
-    message: &'m [u8],
-    files: &[BorrowedFd<'_>],
-) -> io::Result<&'m [u8]> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    loop {
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !control.push(SendAncillaryMessage::ScmRights(files)) {
-            return Err(Errno::NOBUFS.into());
-        }
-        let bytes = [IoSlice::new(message)];
-        match sendmsg(&socket, &bytes, &mut control, SendFlags::NOSIGNAL) {
-            Ok(sent) => return Ok(message.get(sent..).unwrap_or_default()),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
     }
 }

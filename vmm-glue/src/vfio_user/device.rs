@@ -14,6 +14,7 @@ use super::kicks::Kicks;
 use super::migration::{self, Migration};
 use super::refusal::Refusal;
 use super::regions::{self, Regions};
+use super::twin::Twin;
 use super::version::{self, negotiate};
 use super::wire::{
     Access, DmaMap, Files, Header, Reply, Request, UNMAP_ALL, UNMAP_ALL_OLD, UNMAP_DIRTY,
@@ -38,6 +39,8 @@ pub struct Device {
     dma: Arc<DmaTable>,
     irq: Arc<IrqTable>,
     client: Arc<Client>,
+    /// If the client asked for it.
+    twin: Option<Twin>,
     migration: Migration,
     /// Made when the client first asks for events.
     kicks: Option<Kicks>,
@@ -61,6 +64,7 @@ impl Device {
             dma: Arc::new(dma),
             irq: Arc::new(IrqTable::new(vectors)),
             client,
+            twin: None,
             migration: Migration::default(),
             kicks: None,
             limits,
@@ -87,7 +91,9 @@ impl Device {
             (true, _) => {}
         }
         match request {
-            Request::Version { major, minor, data } => self.version(major, minor, data, reply),
+            Request::Version { major, minor, data } => {
+                self.version((major, minor), data, header.no_reply(), reply)
+            }
             Request::RegionRead(access) => {
                 self.check_transfer(access.count.into())?;
                 let place = self.regions.place(&access)?;
@@ -195,6 +201,19 @@ impl Device {
             Files::None => Vec::new(),
             Files::Bar(bar) => self.function.bar_file(bar).into_iter().collect(),
             Files::Io(bar) => io_fds::files(self.io_fds(), bar),
+            Files::Twin => self
+                .twin
+                .as_ref()
+                .and_then(Twin::theirs)
+                .into_iter()
+                .collect(),
+        }
+    }
+
+    /// The client has its end of the second socket.
+    pub fn twin_sent(&mut self) {
+        if let Some(twin) = &mut self.twin {
+            twin.sent();
         }
     }
 
@@ -218,12 +237,23 @@ impl Device {
 
     fn version(
         &mut self,
-        major: u16,
-        minor: u16,
+        (major, minor): (u16, u16),
         data: &[u8],
+        no_reply: bool,
         reply: &mut Reply,
     ) -> Result<(), Refusal> {
-        let agreed = negotiate(major, minor, data, &self.limits)?;
+        let agreed = negotiate(major, minor, data, &self.limits, || {
+            // Who wants no reply could not be given it.
+            self.twin = if no_reply {
+                None
+            } else {
+                open_twin(&self.client)
+            };
+            self.twin.is_some()
+        })?;
+        if self.twin.is_some() {
+            reply.with(Files::Twin);
+        }
         self.client.limit(agreed.max_transfer);
         self.max_fds = agreed.max_fds.min(MAX_FDS);
         self.function.attach(Attachment {
@@ -414,6 +444,7 @@ impl Device {
     pub fn disconnect(&mut self) {
         self.kicks = None;
         self.dma.disconnect();
+        self.twin = None;
         self.irq.disable();
         if std::mem::take(&mut self.attached) {
             self.function.detach();
@@ -421,6 +452,13 @@ impl Device {
         // After the detach: what stood still must not go on elsewhere and here.
         self.end_migration();
     }
+}
+
+/// A second socket, if the host has one to give; the client is told if not.
+fn open_twin(client: &Arc<Client>) -> Option<Twin> {
+    Twin::open(client)
+        .inspect_err(|error| tracing::warn!("no second socket for a vfio-user client: {error}"))
+        .ok()
 }
 
 fn unsupported(header: &Header) -> Refusal {

@@ -28,7 +28,7 @@ const MAX_WAITING: usize = 2 * CONTROL_FDS;
 /// A descriptor, or the trace of one that was lost, and the buffer position of the last byte that came with it.
 type Waiting = (usize, Option<OwnedFd>);
 
-/// The part of the stream that was received and not handed out. Made once per connection; never grows.
+/// The part of the stream that was received and not handed out. Never grows.
 #[derive(Debug)]
 pub struct Framing {
     buffer: Box<[u8]>,
@@ -64,6 +64,12 @@ impl Framing {
             end: 0,
             fds: Vec::with_capacity(MAX_WAITING),
         }
+    }
+
+    /// Forgets what was received, for the stream of another connection.
+    pub fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
+        self.fds.clear();
     }
 
     /// Receives once, blocking after `poller` has looked; the number of bytes, 0 at the end of the stream.

@@ -15,15 +15,17 @@
 //! - [`dma`]: guest memory that the client mapped, as the function's `DmaPort`.
 //! - [`dma::dirty`]: which pages the device wrote; [`migration`]: its state on the way to another process.
 //! - [`version`]: negotiation of version and capabilities.
-//! - [`client`]: the socket as it is written to, and `DMA_READ` and `DMA_WRITE` to the client.
+//! - [`client`]: what goes to the client: replies, and `DMA_READ` and `DMA_WRITE`.
+//! - `channel`, `twin`: a socket as it is written to; a second one for the server's commands.
 //! - `io_fds`, `kicks`: event descriptors that a client's kernel signals in place of writes.
 //! - [`irq`]: the client's event descriptors, as the function's `InterruptSink`.
 //!
-//! Not here: interrupts other than MSI-X, `PRE_COPY`, ioregionfds, a second socket for the server's commands.
+//! Not here: interrupts other than MSI-X, `PRE_COPY`, ioregionfds.
 //!
 //! "The specification" in this module is QEMU's `docs/interop/vfio-user.rst`, protocol 0.0.
 
 mod bounce;
+mod channel;
 pub mod client;
 pub mod device;
 pub mod dma;
@@ -39,6 +41,7 @@ pub mod refusal;
 pub mod regions;
 pub mod server;
 pub mod session;
+mod twin;
 pub mod version;
 pub mod wire;
 

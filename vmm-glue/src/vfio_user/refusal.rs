@@ -27,6 +27,9 @@ pub enum Refusal {
     /// A command of the protocol that this server does not serve.
     #[error("command {0} is not supported")]
     Unsupported(u16),
+    /// A command on the socket that is for the server's own.
+    #[error("command {0} came over the second socket, which is for the server's commands")]
+    SecondSocket(u16),
     /// The body is too short, or not as long as its fields say.
     #[error("command {command} with a body of {got} bytes; {want} are needed")]
     BodySize {
@@ -169,7 +172,7 @@ impl Refusal {
     #[must_use]
     pub fn errno(&self) -> Errno {
         match self {
-            Self::Unsupported(_) => Errno::NOTSUP,
+            Self::Unsupported(_) | Self::SecondSocket(_) => Errno::NOTSUP,
             // Linux's answer (`vfio_ioctl_device_feature`).
             Self::Feature { .. } => Errno::NOTTY,
             Self::Map(error) => error.errno(),

@@ -1,9 +1,10 @@
 //! Who is let in to a function, and when.
 //!
-//! Two threads per function: one accepts, one serves. A client that comes while another is served is accepted and
-//! closed at once, or waits for its turn ([`SecondClient`]); one that comes while the last one's leftovers are cleared
-//! away waits for that. Where a connected socket was handed over instead of one that listens, nobody accepts, and the
-//! server is over when that client has gone.
+//! One thread per function accepts a client and serves it, so that nobody has to be woken in between. While it serves,
+//! clients wait in the socket's backlog; where they are to be refused instead ([`SecondClient`]), a second thread
+//! accepts and closes them, and sleeps at other times. One that comes while the last one's leftovers are cleared away
+//! waits for that. Where a connected socket was handed over instead of one that listens, nobody accepts, and the server
+//! is over when that client has gone. While a client has a second socket (`twin_socket`), one more thread reads there.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,7 +22,7 @@ use thiserror::Error;
 use super::Limits;
 use super::listener::{Listener, Name, Source};
 use super::polling::Polling;
-use super::session::Session;
+use super::session::{Buffers, Session};
 
 /// Why a server could not be started.
 #[derive(Debug, Error)]
@@ -68,7 +69,7 @@ pub enum SecondClient {
     /// Its connection is closed at once.
     #[default]
     Refuse,
-    /// It waits until the other has gone. One waits here, the next ones in the socket's backlog.
+    /// It waits in the socket's backlog until the other has gone.
     Queue,
 }
 
@@ -123,25 +124,34 @@ pub struct Server {
 #[derive(Clone, Debug)]
 pub struct Stopper(Arc<Shared>);
 
-/// What the two threads and the owner share.
+/// What the threads and the owner share.
 #[derive(Debug)]
 struct Shared {
     policy: Policy,
     state: Mutex<State>,
-    /// Wakes the serving thread for a client or to stop, and the accepting thread when a client is done with.
+    /// Wakes the refusing thread when somebody is served, and those who wait for the end.
     changed: Condvar,
     /// Readable once the server is to stop.
     stop: OwnedFd,
+}
+
+/// Where the clients come from.
+#[derive(Debug)]
+enum Clients {
+    /// A socket that listens and never blocks.
+    Listen(Arc<OwnedFd>),
+    /// The only one there will be.
+    One(Arc<OwnedFd>),
 }
 
 #[derive(Debug)]
 enum State {
     /// Nobody is connected.
     Idle,
-    /// Accepted; the serving thread has not looked yet.
-    Arrived(Arc<OwnedFd>),
-    /// Being served, or being cleared away.
+    /// Being served.
     Serving(Arc<OwnedFd>),
+    /// Gone, and being cleared away.
+    Leaving,
     /// The server stops or has stopped.
     Stopped,
 }
@@ -175,12 +185,16 @@ impl Server {
             doing: "make an eventfd",
             errno,
         })?;
-        let (state, listener) = match source {
-            Source::Listening(listener) => (State::Idle, Some(listener)),
-            Source::Connected(client) => (State::Arrived(Arc::new(client)), None),
+        let (state, source) = match source {
+            Source::Listening(listener) => (State::Idle, Clients::Listen(Arc::new(listener))),
+            Source::Connected(client) => {
+                let client = Arc::new(client);
+                (State::Serving(Arc::clone(&client)), Clients::One(client))
+            }
         };
+        let policy: Policy = policy.into();
         let shared = Arc::new(Shared {
-            policy: policy.into(),
+            policy,
             state: Mutex::new(state),
             changed: Condvar::new(),
             stop,
@@ -190,13 +204,13 @@ impl Server {
             threads: Vec::with_capacity(2),
             name,
         };
-        let only_one = listener.is_none();
-        if let Some(listener) = listener {
-            let shared = Arc::clone(&shared);
-            server.spawn("vfio-accept", move || shared.accept(&listener))?;
+        if let (Clients::Listen(listener), SecondClient::Refuse) = (&source, policy.second_client) {
+            let (shared, listener) = (Arc::clone(&shared), Arc::clone(listener));
+            server.spawn("vfio-refuse", move || shared.refuse(&listener))?;
         }
-        server.spawn("vfio-serve", move || {
-            shared.serve(&function, only_one);
+        server.spawn("vfio-serve", move || match source {
+            Clients::Listen(listener) => shared.serve_all(&listener, &function),
+            Clients::One(client) => shared.serve_one(client, &function),
         })?;
         Ok(server)
     }
@@ -210,7 +224,7 @@ impl Server {
     /// Whether a client is connected now.
     #[must_use]
     pub fn is_connected(&self) -> bool {
-        matches!(*self.shared.lock(), State::Arrived(_) | State::Serving(_))
+        matches!(*self.shared.lock(), State::Serving(_) | State::Leaving)
     }
 
     /// A handle that stops this server from another thread.
@@ -281,18 +295,19 @@ impl Shared {
 
     fn stop(&self) {
         let mut state = self.lock();
-        if let State::Arrived(client) | State::Serving(client) =
-            std::mem::replace(&mut *state, State::Stopped)
-        {
+        let before = std::mem::replace(&mut *state, State::Stopped);
+        // Ahead of the client's end, after which the serving thread looks for the next one.
+        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+        if let State::Serving(client) = before {
             let _ = shutdown(&*client, Shutdown::Both);
         }
         drop(state);
-        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
         self.changed.notify_all();
     }
 
-    /// Body of the accepting thread.
-    fn accept(&self, listener: &OwnedFd) {
+    /// Body of the serving thread: one client after the other.
+    fn serve_all(&self, listener: &OwnedFd, function: &Arc<dyn PciFunction>) {
+        let mut buffers = Buffers::default();
         loop {
             let mut fds = [
                 PollFd::new(listener, PollFlags::IN),
@@ -303,81 +318,128 @@ impl Shared {
             if !stop.revents().is_empty() {
                 return;
             }
-            match accept_with(listener, SocketFlags::CLOEXEC) {
-                Ok(client) => self.admit(client),
-                Err(Errno::INTR | Errno::AGAIN | Errno::CONNABORTED) => {}
-                Err(error) => {
-                    // No descriptors or no memory: the client stays in the backlog until there are.
-                    tracing::warn!("cannot accept a vfio-user client: {error}");
-                    let pause = Timespec {
-                        tv_sec: 0,
-                        tv_nsec: 10_000_000,
-                    };
-                    let mut stop = [PollFd::new(&self.stop, PollFlags::IN)];
-                    let _ = poll(&mut stop, Some(&pause));
-                }
+            let Some(client) = self.accept(listener) else {
+                continue;
+            };
+            let client = Arc::new(client);
+            let mut state = self.lock();
+            if matches!(*state, State::Stopped) {
+                return;
+            }
+            *state = State::Serving(Arc::clone(&client));
+            drop(state);
+            if self.policy.second_client == SecondClient::Refuse {
+                self.changed.notify_all();
+            }
+            self.session(&client, function, &mut buffers);
+            let mut state = self.lock();
+            if !matches!(*state, State::Stopped) {
+                *state = State::Idle;
             }
         }
     }
 
-    /// Hands a client to the serving thread, or closes it if another one is being served and no second one waits.
-    fn admit(&self, client: OwnedFd) {
-        let mut state = self.lock();
-        loop {
-            match &*state {
-                State::Idle => break,
-                State::Stopped => return,
-                State::Arrived(other) | State::Serving(other) => {
-                    if self.policy.second_client == SecondClient::Refuse && !hung_up(other) {
-                        tracing::warn!("a second vfio-user client was refused");
-                        return;
-                    }
-                }
-            }
-            state = self.wait(state);
+    /// Body of the serving thread where there is but one client.
+    fn serve_one(&self, client: Arc<OwnedFd>, function: &Arc<dyn PciFunction>) {
+        if !matches!(*self.lock(), State::Stopped) {
+            self.session(&client, function, &mut Buffers::default());
+            *self.lock() = State::Stopped;
+            drop(client);
+            self.changed.notify_all();
         }
-        *state = State::Arrived(Arc::new(client));
+    }
+
+    /// Serves a client until it has gone and its leftovers are cleared away.
+    fn session(
+        &self,
+        client: &Arc<OwnedFd>,
+        function: &Arc<dyn PciFunction>,
+        buffers: &mut Buffers,
+    ) {
+        let session = || {
+            let (function, socket) = (Arc::clone(function), Arc::clone(client));
+            let session = Session::new(function, socket, self.policy.limits);
+            session
+                .polling(self.policy.polling)
+                .run(buffers, || self.leaving())
+        };
+        let end = catch_unwind(AssertUnwindSafe(session));
+        // The refusing thread may hold the connection a little longer; this ends it, and wakes that thread.
+        let _ = shutdown(client, Shutdown::Both);
+        match end {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!("a vfio-user session ended: {error}"),
+            Err(panic) => {
+                // The function is not to be trusted any more; its client must not wait for it.
+                self.stop();
+                resume_unwind(panic);
+            }
+        }
+    }
+
+    /// From now on whoever comes waits.
+    fn leaving(&self) {
+        let mut state = self.lock();
+        if matches!(*state, State::Serving(_)) {
+            *state = State::Leaving;
+        }
         drop(state);
         self.changed.notify_all();
     }
 
-    /// Body of the serving thread. After the first client there may be no other.
-    fn serve(&self, function: &Arc<dyn PciFunction>, only_one: bool) {
+    /// Body of the refusing thread: closes the connections of those who come while another client is served.
+    fn refuse(&self, listener: &OwnedFd) {
         let mut state = self.lock();
         loop {
             let client = match &*state {
                 State::Stopped => return,
-                State::Arrived(client) => Arc::clone(client),
-                State::Idle | State::Serving(_) => {
+                State::Serving(client) => Arc::clone(client),
+                State::Idle | State::Leaving => {
                     state = self.wait(state);
                     continue;
                 }
             };
-            *state = State::Serving(Arc::clone(&client));
             drop(state);
-            let session = || {
-                let (function, socket) = (Arc::clone(function), Arc::clone(&client));
-                let session = Session::new(function, socket, self.policy.limits);
-                session.polling(self.policy.polling).run()
-            };
-            match catch_unwind(AssertUnwindSafe(session)) {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!("a vfio-user session ended: {error}"),
-                Err(panic) => {
-                    // The function is not to be trusted any more; its client must not wait for it.
-                    self.stop();
-                    resume_unwind(panic);
-                }
+            let mut fds = [
+                PollFd::new(listener, PollFlags::IN),
+                PollFd::new(&client, PollFlags::RDHUP),
+                PollFd::new(&self.stop, PollFlags::IN),
+            ];
+            let _ = poll(&mut fds, None);
+            let [waiting, _, stop] = &fds;
+            if !stop.revents().is_empty() {
+                return;
             }
             state = self.lock();
-            if matches!(*state, State::Serving(_)) {
-                *state = match only_one {
-                    true => State::Stopped,
-                    false => State::Idle,
-                };
+            // Under the lock, so that nobody is refused who came after the client had gone.
+            let same = matches!(&*state, State::Serving(now) if Arc::ptr_eq(now, &client));
+            if same && hung_up(&client) {
+                // The serving thread is about to see it.
+                while matches!(&*state, State::Serving(now) if Arc::ptr_eq(now, &client)) {
+                    state = self.wait(state);
+                }
+            } else if same && !waiting.revents().is_empty() && self.accept(listener).is_some() {
+                tracing::warn!("a second vfio-user client was refused");
             }
-            drop(client);
-            self.changed.notify_all();
+        }
+    }
+
+    /// The next client of the backlog, if there is one. Where the host has no descriptors or no memory, it stays there
+    /// and this waits a moment.
+    fn accept(&self, listener: &OwnedFd) -> Option<OwnedFd> {
+        match accept_with(listener, SocketFlags::CLOEXEC) {
+            Ok(client) => Some(client),
+            Err(Errno::INTR | Errno::AGAIN | Errno::CONNABORTED) => None,
+            Err(error) => {
+                tracing::warn!("cannot accept a vfio-user client: {error}");
+                let pause = Timespec {
+                    tv_sec: 0,
+                    tv_nsec: 10_000_000,
+                };
+                let mut stop = [PollFd::new(&self.stop, PollFlags::IN)];
+                let _ = poll(&mut stop, Some(&pause));
+                None
+            }
         }
     }
 }

@@ -11,19 +11,35 @@ use super::device::Device;
 use super::framing::Framing;
 use super::polling::{Poller, Polling};
 use super::refusal::Refusal;
-use super::wire::{self, Kind, Reply};
+use super::wire::{self, Files, Kind, Reply};
 use super::{Limits, MAX_FDS};
 
-/// Serves one client until it goes away. Buffers are made at the start; requests allocate nothing but what they
-/// ask to keep.
+/// Serves one client until it goes away. Requests allocate nothing but what they ask to keep.
 pub struct Session {
     socket: Arc<OwnedFd>,
     client: Arc<Client>,
-    framing: Framing,
     poller: Poller,
+    device: Device,
+}
+
+/// What a session receives into and replies from, some 2 MiB whose pages are touched only as far as they are used. To
+/// make them anew for each client would take longer than all else that a new client asks for: the allocator clears
+/// memory that it gives out a second time.
+#[derive(Default)]
+pub struct Buffers {
+    framing: Framing,
     fds: Vec<OwnedFd>,
     reply: Reply,
-    device: Device,
+}
+
+impl Buffers {
+    /// Forgets what the last client sent, and closes its descriptors.
+    fn clear(&mut self) {
+        self.framing.clear();
+        self.fds.clear();
+        self.fds.reserve(4 * MAX_FDS);
+        self.reply.clear();
+    }
 }
 
 impl Session {
@@ -33,10 +49,7 @@ impl Session {
         let client = Arc::new(Client::new(Arc::clone(&socket)));
         Self {
             socket,
-            framing: Framing::new(),
             poller: Poller::default(),
-            fds: Vec::with_capacity(4 * MAX_FDS),
-            reply: Reply::new(),
             device: Device::new(function, Arc::clone(&client), limits),
             client,
         }
@@ -49,26 +62,39 @@ impl Session {
         self
     }
 
-    /// Serves until the client disconnects. The function is detached then, and nothing of the client's is kept.
+    /// Serves until the client disconnects. `leaving` is called then; after that the function is detached, and nothing
+    /// of the client's is kept. The buffers may be those of an earlier session.
     ///
     /// # Errors
     /// What ended the session other than a plain disconnect.
-    pub fn run(mut self) -> Result<(), SessionError> {
+    pub fn run(
+        mut self,
+        buffers: &mut Buffers,
+        leaving: impl FnOnce(),
+    ) -> Result<(), SessionError> {
+        buffers.clear();
         self.client.serve_here();
-        let result = self.serve();
+        let result = self.serve(buffers);
+        leaving();
+        buffers.clear();
         self.device.disconnect();
         result
     }
 
-    fn serve(&mut self) -> Result<(), SessionError> {
-        while self.framing.receive(&*self.socket, &mut self.poller)? > 0 {
+    fn serve(&mut self, buffers: &mut Buffers) -> Result<(), SessionError> {
+        let Buffers {
+            framing,
+            fds,
+            reply,
+        } = buffers;
+        while framing.receive(&*self.socket, &mut self.poller)? > 0 {
             loop {
-                let message = match self.framing.next(&mut self.fds) {
+                let message = match framing.next(fds) {
                     Ok(Some(message)) => message,
                     Ok(None) => break,
                     Err((header, refusal)) => {
                         if header.kind() != Kind::Reply && !header.no_reply() {
-                            let reply = self.reply.refuse(&header, refusal.errno());
+                            let reply = reply.refuse(&header, refusal.errno());
                             self.client.reply(reply, &[])?;
                         }
                         return Err(refusal.into());
@@ -76,21 +102,22 @@ impl Session {
                 };
                 let header = message.header;
                 if header.kind() == Kind::Reply {
-                    self.client.answer(&header, message.body);
+                    match self.client.has_twin() {
+                        false => self.client.answer(&header, message.body),
+                        true => tracing::debug!(id = header.id, "a reply on the wrong socket"),
+                    }
                     continue;
                 }
-                self.reply.clear();
+                reply.clear();
                 self.client.begin();
-                let done = if message.fds_lost || self.fds.len() > MAX_FDS {
+                let done = if message.fds_lost || fds.len() > MAX_FDS {
                     Err(Refusal::Fds {
-                        got: self.fds.len(),
+                        got: fds.len(),
                         max: MAX_FDS,
                     })
                 } else {
-                    wire::decode(&header, message.body).and_then(|it| {
-                        self.device
-                            .handle(it, &header, &mut self.fds, &mut self.reply)
-                    })
+                    wire::decode(&header, message.body)
+                        .and_then(|it| self.device.handle(it, &header, fds, reply))
                 };
                 self.client.end();
                 if let Err(refusal) = &done {
@@ -101,18 +128,22 @@ impl Session {
                 }
                 match done {
                     Ok(()) => {
-                        let files = self.device.files(self.reply.files());
-                        let reply = self.reply.finish(&header);
+                        let which = reply.files();
+                        let files = self.device.files(which);
+                        let reply = reply.finish(&header);
                         self.client.reply(reply, &files)?;
+                        if which == Files::Twin {
+                            self.device.twin_sent();
+                        }
                     }
                     Err(refusal) => {
-                        let reply = self.reply.refuse(&header, refusal.errno());
+                        let reply = reply.refuse(&header, refusal.errno());
                         self.client.reply(reply, &[])?;
                     }
                 }
             }
             // Descriptors that no request kept.
-            self.fds.clear();
+            fds.clear();
         }
         Ok(())
     }

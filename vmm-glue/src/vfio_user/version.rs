@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::refusal::Refusal;
 use super::{Limits, MAX_FDS, PAGE_SIZES};
@@ -22,6 +22,9 @@ const MAX_DATA: usize = 4096;
 const DEFAULT_TRANSFER: u64 = 1 << 20;
 const DEFAULT_FDS: usize = 1;
 
+/// What the answer to `twin_socket` has more than the question: the index of its descriptor, which is the only one.
+const FD_INDEX: &str = ",\"fd_index\":0";
+
 /// The version data of a client. Keys that are not listed are ignored.
 #[derive(Default, Deserialize)]
 struct Proposal {
@@ -38,6 +41,9 @@ struct Capabilities {
     max_dma_maps: Option<IgnoredAny>,
     #[serde(default)]
     write_multiple: bool,
+    /// An object; serde would take an array for a struct.
+    #[serde(default)]
+    twin_socket: Map<String, Value>,
 }
 
 /// What was agreed on.
@@ -56,32 +62,49 @@ pub struct Agreement {
 /// Agrees to a proposal.
 ///
 /// The reply names only capabilities that the client named, and its data is never longer than the client's,
-/// which QEMU has no room for; what does not fit is left out, most important first in.
+/// which QEMU has no room for; what does not fit is left out, most important first in. Only where the client asks for a
+/// second socket is it longer by that one's index: QEMU does not ask.
+///
+/// `open_twin` is called if the client asks for a second socket and takes descriptors. It says whether there is one, which is
+/// then the first descriptor of the reply.
 ///
 /// # Errors
 /// [`Refusal::Version`] if the major version differs, [`Refusal::VersionData`] if `data` is neither empty nor
-/// NUL-terminated JSON of at most 4096 bytes.
+/// NUL-terminated JSON of at most 4096 bytes, in which every capability has its type. `open_twin` was not called then.
 pub fn negotiate(
     major: u16,
     minor: u16,
     data: &[u8],
     limits: &Limits,
+    open_twin: impl FnOnce() -> bool,
 ) -> Result<Agreement, Refusal> {
     if major != MAJOR {
         return Err(Refusal::Version { major, minor });
     }
     let theirs = parse(data)?.unwrap_or_default().capabilities;
     let number = |value: &Option<Value>| value.as_ref().and_then(Value::as_u64);
+    let max_fds = number(&theirs.max_msg_fds)
+        .and_then(|fds| usize::try_from(fds).ok())
+        .unwrap_or(DEFAULT_FDS);
+    let asks_for_twin = match theirs.twin_socket.get("supported") {
+        None => false,
+        Some(Value::Bool(asks)) => *asks,
+        Some(other) => {
+            return Err(Refusal::VersionData {
+                len: data.len(),
+                why: format!("twin_socket.supported is {other}"),
+            });
+        }
+    };
+    let twin = asks_for_twin && max_fds > 0 && open_twin();
     // The lower of the two minor versions, and ours is the lowest there is.
     const { assert!(MINOR == 0) };
     Ok(Agreement {
         minor: MINOR,
-        data: answer(&theirs, data.len(), limits),
+        data: answer(&theirs, twin, data.len(), limits),
         // What a client that names no number takes is the specification's.
         max_transfer: number(&theirs.max_data_xfer_size).unwrap_or(DEFAULT_TRANSFER),
-        max_fds: number(&theirs.max_msg_fds)
-            .and_then(|fds| usize::try_from(fds).ok())
-            .unwrap_or(DEFAULT_FDS),
+        max_fds,
     })
 }
 
@@ -107,9 +130,11 @@ fn parse(data: &[u8]) -> Result<Option<Proposal>, Refusal> {
         .map_err(|error| wrong(&error.to_string()))
 }
 
-fn answer(theirs: &Capabilities, room: usize, limits: &Limits) -> String {
+fn answer(theirs: &Capabilities, twin: bool, room: usize, limits: &Limits) -> String {
     const OPEN: &str = "{\"capabilities\":{";
     const CLOSE: &str = "}}\0";
+    // So the second socket is always in: the client has named it in no less room, and a descriptor goes with it.
+    let room = room + if twin { FD_INDEX.len() } else { 0 };
     let mut capabilities = String::new();
     let offers = [
         (theirs.max_msg_fds.is_some(), "max_msg_fds", MAX_FDS as u64),
@@ -133,6 +158,9 @@ fn answer(theirs: &Capabilities, room: usize, limits: &Limits) -> String {
             let _ = write!(capabilities, "{}{text}", if comma == 1 { "," } else { "" });
         }
     };
+    if twin {
+        offer(format!("\"twin_socket\":{{\"supported\":true{FD_INDEX}}}"));
+    }
     if theirs.write_multiple {
         offer("\"write_multiple\":true".to_owned());
     }
@@ -153,7 +181,25 @@ mod tests {
     use super::*;
 
     fn negotiate(major: u16, minor: u16, data: &[u8]) -> Result<Agreement, Refusal> {
-        super::negotiate(major, minor, data, &Limits::default())
+        super::negotiate(major, minor, data, &Limits::default(), || {
+            panic!("asked for a second socket")
+        })
+    }
+
+    /// The capabilities of the answer, and whether a second socket was made.
+    fn with_twin(capabilities: &str, can: bool) -> (Value, bool) {
+        let data = format!("{{\"capabilities\":{{{capabilities}}}}}\0");
+        let mut made = false;
+        let open = || {
+            made = true;
+            can
+        };
+        let limits = Limits::default();
+        let agreed = super::negotiate(0, 0, data.as_bytes(), &limits, open).unwrap();
+        let room = data.len() + if made { FD_INDEX.len() } else { 0 };
+        assert!(agreed.data.len() <= room, "{data} -> {}", agreed.data);
+        let json: Value = serde_json::from_str(agreed.data.trim_end_matches('\0')).unwrap();
+        (json["capabilities"].clone(), made)
     }
 
     const QEMU: &str = concat!(
@@ -217,6 +263,68 @@ mod tests {
         assert_eq!(limits(named), (4096, 8));
         let odd = r#"{"capabilities":{"max_data_xfer_size":"x","max_msg_fds":-1}}"#;
         assert_eq!(limits(odd), (1 << 20, 1));
+    }
+
+    #[test]
+    fn a_second_socket_is_named_with_its_descriptor_to_those_who_ask() {
+        let asks = r#""twin_socket":{"supported":true}"#;
+        let named = serde_json::json!({"supported": true, "fd_index": 0});
+        for others in [
+            "",
+            r#","write_multiple":true"#,
+            r#","max_msg_fds":1,"pgsizes":1"#,
+        ] {
+            let (answer, made) = with_twin(&format!("{asks}{others}"), true);
+            assert!(made);
+            assert_eq!(answer["twin_socket"], named, "{others}");
+        }
+        let (answer, _) = with_twin(&format!(r#"{asks},"write_multiple":true"#), true);
+        assert_eq!(answer["write_multiple"], true);
+        // Its number of a descriptor is of replies only, and what is not known is not looked at.
+        let (answer, _) = with_twin(
+            r#""twin_socket":{"fd_index":"x","supported":true,"more":[]}"#,
+            true,
+        );
+        assert_eq!(answer["twin_socket"], named);
+        // There is none.
+        let (answer, made) = with_twin(&format!(r#"{asks},"write_multiple":true"#), false);
+        assert!(made && answer.get("twin_socket").is_none());
+        assert_eq!(answer["write_multiple"], true);
+    }
+
+    #[test]
+    fn who_does_not_ask_for_a_second_socket_or_cannot_take_it_gets_none() {
+        for capabilities in [
+            r#""twin_socket":{}"#,
+            r#""twin_socket":{"supported":false}"#,
+            r#""twin_socket":{"fd_index":0}"#,
+            r#""twin_socket":{"supported":true},"max_msg_fds":0"#,
+        ] {
+            let (answer, made) = with_twin(capabilities, true);
+            assert!(!made && answer.get("twin_socket").is_none(), "{answer}");
+        }
+    }
+
+    #[test]
+    fn a_second_socket_of_another_type_is_refused() {
+        for twin in [
+            "true",
+            "null",
+            "1",
+            "\"x\"",
+            "[true]",
+            r#"{"supported":1}"#,
+            r#"{"supported":null}"#,
+            r#"{"supported":"true"}"#,
+            r#"{"supported":{}}"#,
+        ] {
+            let data = format!("{{\"capabilities\":{{\"twin_socket\":{twin}}}}}\0");
+            let refused = negotiate(0, 0, data.as_bytes());
+            assert!(
+                matches!(refused, Err(Refusal::VersionData { .. })),
+                "{twin}"
+            );
+        }
     }
 
     #[test]

@@ -97,12 +97,12 @@ impl Drop for Guest {
 }
 
 /// Address and count of a command.
-fn place(message: &Answer) -> (u64, u64) {
+pub fn place(message: &Answer) -> (u64, u64) {
     let long = |at: usize| u64::from_ne_bytes(message.body[at..at + 8].try_into().unwrap());
     (long(0), long(8))
 }
 
-fn reply_to(asked: &Answer, errno: u32, body: &[u8]) -> Vec<u8> {
+pub fn reply_to(asked: &Answer, errno: u32, body: &[u8]) -> Vec<u8> {
     let size = 16 + u32::try_from(body.len()).unwrap();
     let flags = if errno == 0 { REPLY } else { REPLY | ERROR };
     let mut bytes = framed(asked.id, asked.command, size, flags, body);
@@ -110,7 +110,7 @@ fn reply_to(asked: &Answer, errno: u32, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn read(dma: &dyn DmaPort, address: u64, len: usize) -> Result<Vec<u8>, DmaError> {
+pub fn read(dma: &dyn DmaPort, address: u64, len: usize) -> Result<Vec<u8>, DmaError> {
     let mut data = Vec::new();
     dma.access(address, len as u64, DmaAccess::Read, &mut |piece| {
         let at = data.len();
@@ -120,7 +120,7 @@ fn read(dma: &dyn DmaPort, address: u64, len: usize) -> Result<Vec<u8>, DmaError
     Ok(data)
 }
 
-fn write(dma: &dyn DmaPort, address: u64, data: &[u8]) -> Result<(), DmaError> {
+pub fn write(dma: &dyn DmaPort, address: u64, data: &[u8]) -> Result<(), DmaError> {
     let mut rest = data;
     dma.access(address, data.len() as u64, DmaAccess::Write, &mut |piece| {
         let (now, later) = rest.split_at(piece.len());
@@ -129,7 +129,7 @@ fn write(dma: &dyn DmaPort, address: u64, data: &[u8]) -> Result<(), DmaError> {
     })
 }
 
-fn pattern(len: usize) -> Vec<u8> {
+pub fn pattern(len: usize) -> Vec<u8> {
     (0..=250).cycle().take(len).collect()
 }
 
@@ -460,6 +460,11 @@ fn refusals_and_nonsense_fail_the_access_and_leave_the_stream_in_step() {
     let cases = [
         (EFAULT, vec![], true),
         (ENOSYS, vec![], false),
+        (4095, vec![], true),
+        (4096, vec![], true),
+        (65_536 + ENOSYS, vec![], true),
+        (i32::MAX.unsigned_abs(), vec![], true),
+        (u32::MAX, vec![], true),
         (0, vec![], false),
         (0, at(RAM, 4, &[]), false),
         (0, at(RAM, 4, &[1; 3]), false),

@@ -30,3 +30,7 @@ mod peer;
 mod raw;
 #[cfg(test)]
 mod truncated;
+#[cfg(test)]
+mod twin;
+#[cfg(test)]
+mod twin_ends;

@@ -17,6 +17,8 @@ pub enum Files {
     Bar(u8),
     /// Those that signal writes to parts of a BAR.
     Io(u8),
+    /// The client's end of the second socket.
+    Twin,
 }
 
 /// A reply under construction, in a buffer that is made once per connection and fits the largest one.
