@@ -56,8 +56,9 @@ pub enum Failure {
     /// It is gone.
     #[error("the client is gone")]
     Closed,
-    /// The second socket, on which alone it takes commands, has ended.
-    #[error("the client closed the socket for commands")]
+    /// It sends no replies any more: it closed the second socket, on which alone it takes commands, or its half of the only
+    /// one.
+    #[error("the client answers no commands any more")]
     Deaf,
     /// The map was removed.
     #[error("the map was removed")]
@@ -137,7 +138,7 @@ pub struct Client {
 #[derive(Debug, Default)]
 struct Pending {
     closed: bool,
-    /// The twin has ended.
+    /// The client sends no replies any more.
     deaf: bool,
     last_id: u16,
     waits: HashMap<u16, Wait>,
@@ -398,15 +399,20 @@ impl Client {
         }
     }
 
-    /// The second socket ends: nobody waits for what would come there, and nothing is asked any more.
-    pub(super) fn end_twin(&self) {
-        // A client that goes closes both, in any order.
+    /// No reply comes any more: nobody waits for one, and nothing is asked. What the client asked is still answered.
+    pub(super) fn end_replies(&self) {
+        // A client that goes closes both sockets, in any order.
         let failure = match self.main.hung_up() {
             true => Failure::Closed,
             false => Failure::Deaf,
         };
         self.pending().deaf = true;
         self.give_up(failure, |_| true);
+    }
+
+    /// The second socket ends, and with it the replies.
+    pub(super) fn end_twin(&self) {
+        self.end_replies();
         if let Some(twin) = self.twin.get() {
             twin.close();
         }

@@ -67,9 +67,17 @@ fn hand_out(socket: &OwnedFd, client: &Client, framing: &mut Framing, done: &Own
         if !done.revents().is_empty() {
             return true;
         }
-        if !matches!(framing.receive(socket, &mut poller), Ok(1..)) {
-            client.close();
-            return false;
+        match framing.receive(socket, &mut poller) {
+            Ok(1..) => {}
+            // It may still want the answer to what it sent.
+            Ok(0) => {
+                client.end_replies();
+                return false;
+            }
+            Err(_) => {
+                client.close();
+                return false;
+            }
         }
     }
     false

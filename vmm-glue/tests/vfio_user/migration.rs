@@ -1,6 +1,7 @@
 //! A device on its way to another process (specification, `VFIO_DEVICE_FEATURE_MIGRATION`,
 //! `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`, `VFIO_USER_MIG_DATA_READ`, `VFIO_USER_MIG_DATA_WRITE`).
 
+use std::net::Shutdown;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
@@ -387,6 +388,16 @@ fn a_client_that_asks_more_before_the_stop_is_answered_waits_and_loses_the_packe
     }
     let fault = QueueState::Fault.code();
     assert_eq!(driver.get32(queue::BASE, &queue::STATUS), fault);
+}
+
+#[test]
+fn a_client_that_sends_no_more_is_still_told_how_the_stop_ended() {
+    let served = aperture::serve(8 * MIB);
+    let (mut driver, _asked) = stopping(&served);
+    driver.raw.stream.shutdown(Shutdown::Write).unwrap();
+    let answer = driver.raw.answer();
+    assert_eq!((answer.command, answer.errno), (FEATURE, 0));
+    assert!(driver.raw.is_closed());
 }
 
 #[test]
