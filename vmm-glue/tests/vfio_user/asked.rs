@@ -4,7 +4,7 @@
 use std::os::fd::AsFd as _;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, Scope};
 use std::time::{Duration, Instant};
 
 use numagpu_devices::bus::{DmaAccess, DmaError, DmaPort, Mapped};
@@ -14,7 +14,7 @@ use crate::device::{Served, serve};
 use crate::raw::*;
 
 /// Where the guest's memory is, and how much there is.
-const RAM: u64 = 0x10_0000;
+pub const RAM: u64 = 0x10_0000;
 const SIZE: usize = 0x8_0000;
 
 const ENOSYS: u32 = 38;
@@ -278,23 +278,27 @@ fn accesses_and_copies_cross_from_files_to_asked_memory_and_back() {
     }
 }
 
+/// Starts threads that write and read back, each at its own place.
+pub fn four_threads_move<'s>(scope: &'s Scope<'s, '_>, dma: &'s dyn DmaPort) {
+    for thread in 0..4_u64 {
+        scope.spawn(move || {
+            let at = RAM + thread * 0x1_0000;
+            for round in 0..100_u64 {
+                let data = ((round << 8) | thread).to_ne_bytes().repeat(100);
+                write(dma, at + round, &data).unwrap();
+                assert!(read(dma, at + round, data.len()).unwrap() == data);
+            }
+        });
+    }
+}
+
 #[test]
 fn many_threads_and_the_clients_own_requests_share_the_socket() {
     let served = serve();
     let guest = Guest::new(&served, PROPOSAL);
     let dma = served.probe.attachment().dma;
     std::thread::scope(|scope| {
-        for thread in 0..4_u64 {
-            let dma = &dma;
-            scope.spawn(move || {
-                let at = RAM + thread * 0x1_0000;
-                for round in 0..100_u64 {
-                    let data = ((round << 8) | thread).to_ne_bytes().repeat(100);
-                    write(&**dma, at + round, &data).unwrap();
-                    assert!(read(&**dma, at + round, data.len()).unwrap() == data);
-                }
-            });
-        }
+        four_threads_move(scope, &*dma);
         for n in 0..300_u32 {
             let body = region_body(0x40, 0, 4, &n.to_ne_bytes());
             assert_eq!(guest.ask(WRITE, &body).errno, 0);

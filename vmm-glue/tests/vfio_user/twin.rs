@@ -12,12 +12,11 @@ use numagpu_devices::bus::{DmaAccess, DmaError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
-use crate::asked::{pattern, place, read, reply_to, write};
+use crate::asked::{RAM, four_threads_move, pattern, place, read, reply_to, write};
 use crate::device::{Served, is_alone, serve};
 use crate::raw::*;
 
-/// Where the guest's memory is, and how much there is.
-pub const RAM: u64 = 0x10_0000;
+/// Bytes of the guest's memory.
 pub const SIZE: usize = 0x8_0000;
 
 const EINVAL: u32 = 22;
@@ -242,17 +241,7 @@ fn many_threads_ask_while_the_client_asks_too() {
     let mover = Mover::new(twin, Duration::ZERO);
     let dma = served.probe.attachment().dma;
     std::thread::scope(|scope| {
-        for thread in 0..4_u64 {
-            let dma = &dma;
-            scope.spawn(move || {
-                let at = RAM + thread * 0x1_0000;
-                for round in 0..100_u64 {
-                    let data = ((round << 8) | thread).to_ne_bytes().repeat(100);
-                    write(&**dma, at + round, &data).unwrap();
-                    assert!(read(&**dma, at + round, data.len()).unwrap() == data);
-                }
-            });
-        }
+        four_threads_move(scope, &*dma);
         // Whatever comes here is the answer.
         for n in 0..300_u32 {
             let body = region_body(0x40, 0, 4, &n.to_ne_bytes());

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use numagpu_devices::bus::DmaError;
 
-use crate::asked::{pattern, read, write};
+use crate::asked::{RAM, pattern, read, write};
 use crate::device::{Served, is_alone, serve};
 use crate::raw::*;
-use crate::twin::{FAILED, INFO, Mover, RAM, is_quiet, twins};
+use crate::twin::{FAILED, INFO, Mover, is_quiet, twins};
 
 #[test]
 fn a_client_that_closes_the_second_socket_is_asked_no_more_and_served_on() {
