@@ -119,8 +119,10 @@ fn answer(header: &Header) -> Option<(u16, u16)> {
 struct Line {
     socket: UnixStream,
     received: Vec<u8>,
-    /// The server has closed.
+    /// All that the server sent has come, and it has closed.
     gone: bool,
+    /// The server takes no more; what it sent before may still be to come.
+    full: bool,
     /// What has to be answered over it.
     expected: Vec<(u16, u16)>,
 }
@@ -132,6 +134,7 @@ impl Line {
             socket,
             received: Vec::new(),
             gone: false,
+            full: false,
             expected: Vec::new(),
         }
     }
@@ -291,7 +294,7 @@ impl Client {
                     Some(twin) if over_twin => twin,
                     _ => &mut self.main,
                 };
-                if rest.is_empty() || line.gone {
+                if rest.is_empty() || line.gone || line.full {
                     break;
                 }
                 let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(17))];
@@ -306,7 +309,7 @@ impl Client {
                         fds = &[];
                     }
                     Err(Errno::AGAIN | Errno::INTR) => {}
-                    Err(_) => line.gone = true,
+                    Err(_) => line.full = true,
                 }
                 self.receive();
             }
