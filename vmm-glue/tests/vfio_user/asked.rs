@@ -15,7 +15,7 @@ use crate::raw::*;
 
 /// Where the guest's memory is, and how much there is.
 pub const RAM: u64 = 0x10_0000;
-const SIZE: usize = 0x8_0000;
+pub const SIZE: usize = 0x8_0000;
 
 const ENOSYS: u32 = 38;
 const EFAULT: u32 = 14;
@@ -278,6 +278,17 @@ fn accesses_and_copies_cross_from_files_to_asked_memory_and_back() {
     }
 }
 
+/// Asserts that a read is asked for over `raw` and gets what is answered there.
+pub fn assert_asked(dma: &dyn DmaPort, raw: &mut Raw) {
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| read(dma, RAM, 4));
+        let asked = raw.answer();
+        let body = [longs(&[RAM, 4]), vec![5; 4]].concat();
+        raw.send(&reply_to(&asked, 0, &body), &[]);
+        assert_eq!(waits.join().unwrap(), Ok(vec![5; 4]));
+    });
+}
+
 /// Starts threads that write and read back, each at its own place.
 pub fn four_threads_move<'s>(scope: &'s Scope<'s, '_>, dma: &'s dyn DmaPort) {
     for thread in 0..4_u64 {
@@ -447,13 +458,7 @@ fn a_client_that_never_answers_is_not_asked_again() {
     assert_eq!(raw.errno(DMA_UNMAP, &unmap_body(2, 0, 0), &[]), 0);
     let body = map_body(3, 0, RAM, 0x1000);
     assert_eq!(raw.errno(DMA_MAP, &body, &[]), 0);
-    std::thread::scope(|scope| {
-        let waits = scope.spawn(|| read(&*dma, RAM, 4));
-        let asked = raw.answer();
-        let body = [longs(&[RAM, 4]), vec![5; 4]].concat();
-        raw.send(&reply_to(&asked, 0, &body), &[]);
-        assert_eq!(waits.join().unwrap(), Ok(vec![5; 4]));
-    });
+    assert_asked(&*dma, &mut raw);
 }
 
 /// What a client may answer instead ("Header": the error number is optional).

@@ -12,12 +12,11 @@ use numagpu_devices::bus::{DmaAccess, DmaError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
-use crate::asked::{RAM, four_threads_move, pattern, place, read, reply_to, write};
+use crate::asked::{
+    RAM, SIZE, assert_asked, four_threads_move, pattern, place, read, reply_to, write,
+};
 use crate::device::{Served, is_alone, serve};
 use crate::raw::*;
-
-/// Bytes of the guest's memory.
-pub const SIZE: usize = 0x8_0000;
 
 const EINVAL: u32 = 22;
 const ENOTSUP: u32 = 95;
@@ -303,12 +302,8 @@ fn an_unmap_ends_the_waits_of_the_second_socket() {
         twin.send(&reply_to(&asked, 0, &body), &[]);
         let again = map_body(3, 0, RAM, 0x1000);
         assert_eq!(main.errno(DMA_MAP, &again, &[]), 0);
-        let waits = scope.spawn(|| read(&*dma, RAM, 4));
-        let asked = twin.answer();
-        let body = [longs(&[RAM, 4]), vec![5; 4]].concat();
-        twin.send(&reply_to(&asked, 0, &body), &[]);
-        assert_eq!(waits.join().unwrap(), Ok(vec![5; 4]));
     });
+    assert_asked(&*dma, &mut twin);
 }
 
 #[test]
