@@ -318,10 +318,14 @@ impl Shared {
             if !stop.revents().is_empty() {
                 return;
             }
-            let Some(client) = self.accept(listener) else {
-                continue;
+            let client = match accept(listener) {
+                Ok(Some(client)) => Arc::new(client),
+                Ok(None) => continue,
+                Err(error) => {
+                    self.rest(error);
+                    continue;
+                }
             };
-            let client = Arc::new(client);
             let mut state = self.lock();
             if matches!(*state, State::Stopped) {
                 return;
@@ -412,35 +416,57 @@ impl Shared {
             }
             state = self.lock();
             // Under the lock, so that nobody is refused who came after the client had gone.
-            let same = matches!(&*state, State::Serving(now) if Arc::ptr_eq(now, &client));
-            if same && hung_up(&client) {
+            if !state.is_serving(&client) {
+                continue;
+            }
+            if hung_up(&client) {
                 // The serving thread is about to see it.
-                while matches!(&*state, State::Serving(now) if Arc::ptr_eq(now, &client)) {
+                while state.is_serving(&client) {
                     state = self.wait(state);
                 }
-            } else if same && !waiting.revents().is_empty() && self.accept(listener).is_some() {
-                tracing::warn!("a second vfio-user client was refused");
+            } else if !waiting.revents().is_empty() {
+                match accept(listener) {
+                    Ok(Some(_)) => tracing::warn!("a second vfio-user client was refused"),
+                    Ok(None) => {}
+                    Err(error) => {
+                        // Not under the lock: the first client may leave meanwhile, or the server stop.
+                        drop(state);
+                        self.rest(error);
+                        state = self.lock();
+                    }
+                }
             }
         }
     }
 
-    /// The next client of the backlog, if there is one. Where the host has no descriptors or no memory, it stays there
-    /// and this waits a moment.
-    fn accept(&self, listener: &OwnedFd) -> Option<OwnedFd> {
-        match accept_with(listener, SocketFlags::CLOEXEC) {
-            Ok(client) => Some(client),
-            Err(Errno::INTR | Errno::AGAIN | Errno::CONNABORTED) => None,
-            Err(error) => {
-                tracing::warn!("cannot accept a vfio-user client: {error}");
-                let pause = Timespec {
-                    tv_sec: 0,
-                    tv_nsec: 10_000_000,
-                };
-                let mut stop = [PollFd::new(&self.stop, PollFlags::IN)];
-                let _ = poll(&mut stop, Some(&pause));
-                None
-            }
-        }
+    /// Waits a moment, since the host has no descriptors or no memory for a client, or for the server's end.
+    fn rest(&self, error: Errno) {
+        tracing::warn!("cannot accept a vfio-user client: {error}");
+        let pause = Timespec {
+            tv_sec: 0,
+            tv_nsec: 10_000_000,
+        };
+        let mut stop = [PollFd::new(&self.stop, PollFlags::IN)];
+        let _ = poll(&mut stop, Some(&pause));
+    }
+}
+
+impl State {
+    /// Whether this very client is being served.
+    fn is_serving(&self, client: &Arc<OwnedFd>) -> bool {
+        matches!(self, State::Serving(now) if Arc::ptr_eq(now, client))
+    }
+}
+
+/// The next client of the backlog, if there is one.
+///
+/// # Errors
+/// The host's, if it has no descriptors or no memory; the client stays in the backlog.
+fn accept(listener: &OwnedFd) -> Result<Option<OwnedFd>, Errno> {
+    match accept_with(listener, SocketFlags::CLOEXEC) {
+        Ok(client) => Ok(Some(client)),
+        Err(Errno::INTR | Errno::AGAIN | Errno::CONNABORTED) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Clients that come, go and die; servers that stop.
 
-use std::os::fd::AsFd as _;
+use std::net::Shutdown;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -11,6 +12,7 @@ use numagpu_vmm_glue::sys::child::spawn_tied;
 use numagpu_vmm_glue::vfio_user::{Server, ServerError};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::{FdFlags, fcntl_getfd};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::device::{is_alone, serve};
 use crate::raw::*;
@@ -89,6 +91,38 @@ fn a_second_client_is_refused_and_the_first_not_disturbed() {
     drop(first);
     let mut third = Raw::ready(&served.path());
     assert_eq!(third.errno(GET_INFO, &words(&INFO), &[]), 0);
+}
+
+/// The process has no descriptor for the second one, which so can be neither refused nor served yet.
+#[test]
+fn a_client_that_cannot_be_accepted_keeps_the_first_from_nothing() {
+    if !is_alone("lifecycle::a_client_that_cannot_be_accepted_keeps_the_first_from_nothing") {
+        return;
+    }
+    let served = serve();
+    let mut first = Raw::ready(&served.path());
+    let next = first.stream.as_fd().try_clone_to_owned().unwrap();
+    let first_free = u64::try_from(next.as_raw_fd()).unwrap();
+    drop(next);
+    let before = getrlimit(Resource::Nofile);
+    let one_more = Rlimit {
+        current: Some(first_free + 1),
+        ..before
+    };
+    setrlimit(Resource::Nofile, one_more).unwrap();
+    let mut second = Raw::connect(&served.path());
+    let since = Instant::now();
+    for _ in 0..10 {
+        assert_eq!(first.errno(GET_INFO, &words(&INFO), &[]), 0);
+        assert!(served.server.is_connected());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // It leaves, and keeps its descriptor.
+    first.stream.shutdown(Shutdown::Both).unwrap();
+    second.send(&version(), &[]);
+    assert_eq!(second.answer().errno, 0);
+    setrlimit(Resource::Nofile, before).unwrap();
+    assert!(since.elapsed() < Duration::from_secs(1));
 }
 
 #[test]
