@@ -25,11 +25,12 @@ const CLIENT: [&str; 10] = [
 ];
 
 /// Checks of the second.
-const GUEST: [&str; 19] = [
+const GUEST: [&str; 20] = [
     "open",
     "machine",
     "long mode and local APIC",
     "find by ECAM",
+    "find by ports",
     "size and place BARs",
     "decode as the command register says",
     "MSI-X",

@@ -7,7 +7,7 @@
 //! | [`MsiRoutes`], [`MsiLine`] | messages as interrupts: eventfd, irqfd, GSI routing |
 //! | [`Msix`] | the MSI-X table with its masks and pending bits |
 //! | [`Endpoint`] | a function for a VMM with a PCI bus of its own |
-//! | [`HostBridge`] | a PCI bus for a VMM that has none: ECAM and BARs by memory exits |
+//! | [`HostBridge`] | a PCI bus for a VMM that has none: configuration space and BARs by exits |
 //! | [`Doorbells`] | doorbells that ring without an exit to this process (ioeventfd) |
 //!
 //! `examples/kvm.rs` puts them together.
@@ -18,6 +18,7 @@ mod doorbells;
 mod endpoint;
 mod msi;
 mod msix;
+mod ports;
 mod slots;
 
 pub use bridge::{Bdf, BridgeError, ECAM_BUS, HostBridge, Windows};
@@ -26,4 +27,5 @@ pub use doorbells::{DoorbellError, Doorbells};
 pub use endpoint::{Decoded, Endpoint};
 pub use msi::{Message, MessageLine, MsiError, MsiLine, MsiRoutes};
 pub use msix::{Msix, MsixCapability};
+pub use ports::{CONFIG_ADDRESS, CONFIG_DATA};
 pub use slots::{MemorySlots, SlotError, hbm_region};
