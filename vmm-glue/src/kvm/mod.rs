@@ -23,7 +23,7 @@ mod slots;
 
 pub use bridge::{Bdf, BridgeError, ECAM_BUS, HostBridge, Windows};
 pub use dma::GuestDma;
-pub use doorbells::{DoorbellError, Doorbells};
+pub use doorbells::Doorbells;
 pub use endpoint::{Decoded, Endpoint};
 pub use msi::{Message, MessageLine, MsiError, MsiLine, MsiRoutes};
 pub use msix::{Msix, MsixCapability};

@@ -1,6 +1,7 @@
 //! The only room with `unsafe`: what the host offers and no safe wrapper covers.
 
 pub mod child;
+pub mod event;
 pub mod guarded;
 pub mod inherited;
 pub mod memory_slot;
