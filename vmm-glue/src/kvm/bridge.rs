@@ -422,7 +422,7 @@ mod tests {
     }
 
     fn endpoint(gpu: &Arc<Gpu>) -> Arc<Endpoint> {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         let dma = GuestDma::new(GuestMemoryAtomic::new(memory));
         let function: Arc<dyn PciFunction> = Arc::<Gpu>::clone(gpu);
         Arc::new(Endpoint::new(function, dma, || Ok(Deaf)).unwrap())

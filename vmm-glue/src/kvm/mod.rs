@@ -2,8 +2,8 @@
 //!
 //! | part | what it does |
 //! |---|---|
-//! | [`hbm_region`], [`MemorySlots`] | HBM as guest memory, at its planned address, in memory slots |
-//! | [`GuestDma`] | the devices' way to guest memory |
+//! | [`hbm_region`], [`tracked_hbm_region`], [`MemorySlots`] | HBM as guest memory, at its planned address, in memory slots |
+//! | [`GuestDma`] | the devices' way to guest memory, whose bitmap it marks if there is one |
 //! | [`MsiRoutes`], [`MsiLine`] | messages as interrupts: eventfd, irqfd, GSI routing |
 //! | [`Msix`] | the MSI-X table with its masks and pending bits |
 //! | [`Endpoint`] | a function for a VMM with a PCI bus of its own |
@@ -28,4 +28,4 @@ pub use endpoint::{Decoded, Endpoint};
 pub use msi::{Message, MessageLine, MsiError, MsiLine, MsiRoutes};
 pub use msix::{Msix, MsixCapability};
 pub use ports::{CONFIG_ADDRESS, CONFIG_DATA};
-pub use slots::{MemorySlots, SlotError, hbm_region};
+pub use slots::{MemorySlots, SlotError, hbm_region, tracked_hbm_region};

@@ -1,20 +1,23 @@
 //! Memory slots of a KVM virtual machine that own the memory they show.
 #![allow(unsafe_code)]
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use vm_memory::MmapRegion;
+use vm_memory::bitmap::Bitmap;
 
 /// A memory slot (`KVM_SET_USER_MEMORY_REGION`). The guest has the memory until this is dropped.
 pub struct MemorySlot {
     vm: Arc<VmFd>,
     number: u32,
     base: u64,
-    /// None once it was given up.
-    memory: Option<Arc<MmapRegion>>,
+    size: u64,
+    /// What keeps it mapped; none once it was given up.
+    memory: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl MemorySlot {
@@ -23,18 +26,19 @@ impl MemorySlot {
     /// # Errors
     /// The host's: `EINVAL` for an address that is no multiple of the page size or a number that is too high, `EEXIST`
     /// where another slot is in the way.
-    pub fn new(
+    pub fn new<B: Bitmap + Send + Sync + 'static>(
         vm: Arc<VmFd>,
         number: u32,
         base: u64,
-        memory: Arc<MmapRegion>,
+        memory: Arc<MmapRegion<B>>,
     ) -> Result<MemorySlot, kvm_ioctls::Error> {
         let read_only = memory.prot() & libc::PROT_WRITE == 0;
+        let size = memory.size() as u64;
         let region = kvm_userspace_memory_region {
             slot: number,
             flags: if read_only { KVM_MEM_READONLY } else { 0 },
             guest_phys_addr: base,
-            memory_size: memory.size() as u64,
+            memory_size: size,
             userspace_addr: memory.as_ptr() as u64,
         };
         // SAFETY: the range is that of a live mapping, which nothing unmaps before its last `Arc` is dropped. The
@@ -45,6 +49,7 @@ impl MemorySlot {
             vm,
             number,
             base,
+            size,
             memory: Some(memory),
         })
     }
@@ -64,7 +69,7 @@ impl MemorySlot {
     /// Bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.memory.as_ref().map_or(0, |it| it.size() as u64)
+        self.size
     }
 }
 

@@ -5,4 +5,5 @@ pub mod event;
 pub mod guarded;
 pub mod inherited;
 pub mod memory_slot;
+pub mod unmarked;
 pub mod vfio;
