@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuExit, VmFd};
 use numagpu_devices::bus::{HbmStore as _, PciFunction};
 use numagpu_devices::spec::regs::{self, BootState, OwnerCommand, OwnerState, QueueFault};
 use numagpu_devices::spec::table::{Reg, Width};
@@ -155,6 +155,51 @@ fn memory_that_is_mapped_for_reading_is_shown_for_reading() {
         .unwrap();
     let region = GuestRegionMmap::new(region, GuestAddress(HBM)).unwrap();
     assert!(MemorySlots::attach(&vm, 0, [&region]).is_ok());
+}
+
+#[test]
+fn what_a_processor_writes_is_in_the_log_of_kvm_while_that_is_on() {
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!(
+            "skipped: what_a_processor_writes_is_in_the_log_of_kvm_while_that_is_on: no /dev/kvm"
+        );
+        return;
+    }
+    // Real mode, from 0x1000 on: mov byte [0x5234], 7; hlt; and again.
+    const CODE: [u8; 8] = [0xc6, 0x06, 0x34, 0x52, 7, 0xf4, 0xeb, 0xf8];
+    let vm = Arc::new(Kvm::new().unwrap().create_vm().unwrap());
+    let mut processor = vm.create_vcpu(0).unwrap();
+    let backing = HbmBacking::memfd("kvm-test", MIB).unwrap();
+    let region = tracked_hbm_region::<AtomicBitmap>(0, &backing).unwrap();
+    let at = vm_memory::MemoryRegionAddress;
+    region.write_slice(&CODE, at(0x1000)).unwrap();
+    let mut slots = MemorySlots::attach(&vm, 3, [&region]).unwrap();
+    let size = usize::try_from(MIB).unwrap();
+    let mut special = processor.get_sregs().unwrap();
+    (special.cs.base, special.cs.selector) = (0, 0);
+    processor.set_sregs(&special).unwrap();
+    let mut general = processor.get_regs().unwrap();
+    (general.rip, general.rflags) = (0x1000, 2);
+    processor.set_regs(&general).unwrap();
+    let mut run = || assert!(matches!(processor.run().unwrap(), VcpuExit::Hlt));
+    assert!(vm.get_dirty_log(3, size).is_err(), "it is off");
+    slots.log_writes(true).unwrap();
+    run();
+    let mut wanted = vec![0; 4];
+    wanted[0] = 1 << 5;
+    assert_eq!(vm.get_dirty_log(3, size).unwrap(), wanted);
+    wanted[0] = 0;
+    assert_eq!(vm.get_dirty_log(3, size).unwrap(), wanted);
+    run();
+    wanted[0] = 1 << 5;
+    assert_eq!(vm.get_dirty_log(3, size).unwrap(), wanted);
+    let seen: u8 = region.read_obj(at(0x5234)).unwrap();
+    assert_eq!(seen, 7);
+    // The bitmap has what the VMM wrote, and not this.
+    assert!(region.bitmap().dirty_at(0x1000) && !region.bitmap().dirty_at(0x5000));
+    slots.log_writes(false).unwrap();
+    run();
+    assert!(vm.get_dirty_log(3, size).is_err());
 }
 
 #[test]

@@ -133,6 +133,22 @@ impl MemorySlots {
         drop(self);
     }
 
+    /// Whether KVM logs the pages that the guest's processors write, from now on: `VmFd::get_dirty_log` has them, by the
+    /// slots' numbers and sizes. What devices write is not in it ([`super::GuestDma`]).
+    ///
+    /// # Errors
+    /// [`SlotError::Host`]; the slots before that one are changed.
+    pub fn log_writes(&mut self, on: bool) -> Result<(), SlotError> {
+        self.slots.iter_mut().try_for_each(|slot| {
+            slot.log_writes(on).map_err(|source| SlotError::Host {
+                slot: slot.number(),
+                base: slot.base(),
+                size: slot.size(),
+                source,
+            })
+        })
+    }
+
     /// The slots, in order of their numbers.
     #[must_use]
     pub fn slots(&self) -> &[MemorySlot] {
