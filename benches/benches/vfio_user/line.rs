@@ -1,7 +1,7 @@
 //! Clients of the servers that are compared, and what answers them.
 
 use std::fs::File;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
@@ -11,7 +11,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use numagpu_devices::bus::{Attachment, Bar, FunctionLayout, PciFunction, ResetKind};
 use numagpu_vmm_glue::vfio_user::{Listener, Polling, Server};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
+    sendmsg,
+};
 use tempfile::TempDir;
 use vfio_bindings::bindings::vfio::vfio_region_info;
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, ServerBackend, ServerRegion};
@@ -220,6 +223,30 @@ impl Line {
         Line::over(client)
     }
 
+    /// To a thread that takes the descriptor out of each message, closes it, and answers as a map or unmap is.
+    pub fn bare_maps() -> Line {
+        let (client, server) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut control = RecvAncillaryBuffer::new(&mut space);
+                let mut parts = [IoSliceMut::new(&mut buffer)];
+                let received =
+                    recvmsg(&server, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+                let files = control.drain().count();
+                let reply: &[u8] = match files {
+                    1 => &[0; 16],
+                    _ => &[0; 40],
+                };
+                if received.bytes == 0 || (&server).write_all(reply).is_err() {
+                    break;
+                }
+            }
+        });
+        Line::over(client)
+    }
+
     fn over(stream: UnixStream) -> Line {
         let place = [0; 12];
         let count = 4_u32.to_ne_bytes();
@@ -245,11 +272,11 @@ impl Line {
         self.round_trip();
     }
 
-    /// Asks for a page of `ram` to be mapped.
-    pub fn ask_map(&self, ram: BorrowedFd<'_>, address: u64) {
-        let [zero, address, size] = [0, address, 4096_u64].map(u64::to_ne_bytes);
+    /// Asks for the page at `offset` of `ram` to be mapped.
+    pub fn ask_map(&self, ram: BorrowedFd<'_>, offset: u64, address: u64) {
+        let [offset, address, size] = [offset, address, 4096_u64].map(u64::to_ne_bytes);
         let head = [32_u32, 3].map(u32::to_ne_bytes).concat();
-        let map = message(2, 0, &[&head, &zero, &address, &size]);
+        let map = message(2, 0, &[&head, &offset, &address, &size]);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         let fds = [ram];
