@@ -7,6 +7,7 @@ pub mod dirty;
 mod files;
 mod map;
 mod maps;
+pub mod room;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};

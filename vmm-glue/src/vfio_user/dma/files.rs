@@ -17,12 +17,22 @@ use super::super::PAGE_SIZES;
 use super::super::wire::DmaMap;
 use super::WRITABLE;
 use super::map::MapError;
+use super::room::{Place, Room};
 use crate::sys::guarded::Guarded;
 
-/// Longest file that is mapped whole: the process has 128 TiB of addresses for all its clients.
-const MAX_WHOLE: u64 = 4 << 40;
+/// Memory of a file, mapped.
+#[derive(Debug)]
+struct Region {
+    memory: Guarded<MmapRegion>,
+    /// Given back behind it.
+    _place: Place,
+}
 
-type Region = Guarded<MmapRegion>;
+impl Region {
+    fn size(&self) -> u64 {
+        self.memory.owner().size() as u64
+    }
+}
 
 /// A part of a file, mapped.
 #[derive(Clone, Debug)]
@@ -36,17 +46,17 @@ impl View {
     /// `len` bytes, `offset` bytes from its start. The caller knows how long the view is.
     pub(super) fn slice(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
         let at = self.start.checked_add(offset)?;
-        self.region.owner().get_slice(at, len).ok()
+        self.region.memory.owner().get_slice(at, len).ok()
     }
 
     /// As [`Guarded::is_lost`], of the file as it was mapped.
     pub(super) fn is_lost(&self) -> bool {
-        self.region.is_lost()
+        self.region.memory.is_lost()
     }
 
     /// As [`Guarded::is_news`].
     pub(super) fn is_news(&self) -> bool {
-        self.region.is_news()
+        self.region.memory.is_news()
     }
 }
 
@@ -143,47 +153,74 @@ pub(super) struct Files {
     open: InUse<Key, File>,
     /// Also by whether it may be written: the host enforces that.
     whole: InUse<(Key, bool), Region>,
+    room: Arc<Room>,
 }
 
 impl Files {
     /// The part of a file that a request asks for, which [`open`] has checked.
     ///
     /// # Errors
-    /// [`MapError::Host`] if the host refuses to map it, as it does if the file was not opened for it.
+    /// [`MapError::Host`] if the host refuses to map it, as it does if the file was not opened for it;
+    /// [`MapError::Full`].
     pub(super) fn view(&mut self, request: &DmaMap, opened: Opened) -> Result<View, MapError> {
         let key = (opened.key, request.flags & WRITABLE != 0);
         let end = request.offset.saturating_add(request.size);
-        match self.whole.get(&key) {
-            Some(region) if !region.is_lost() && end <= region.owner().size() as u64 => {
-                return view(region, request.offset, request);
-            }
-            // It has grown, or was cut off and is whole again. At most one mapping is longer than what was asked for.
-            Some(_) => {}
-            None if opened.len <= MAX_WHOLE => {
-                let (len, page) = (opened.len, opened.page);
-                let file = self.share(opened);
-                let whole = DmaMap {
-                    offset: 0,
-                    size: len,
-                    ..*request
-                };
-                if let Ok(region) = mapped(&whole, page, Arc::clone(&file)) {
-                    return view(self.whole.add(key, region), request.offset, request);
-                }
-                // Too much for the host, it may be.
-                return view(Arc::new(mapped(request, page, file)?), 0, request);
-            }
-            None => {}
-        }
         let page = opened.page;
-        let region = mapped(request, page, self.share(opened))?;
-        view(Arc::new(region), 0, request)
+        let whole = DmaMap {
+            offset: 0,
+            size: opened.len,
+            ..*request
+        };
+        let kept = self.whole.get(&key);
+        if let Some(region) = &kept
+            && !region.memory.is_lost()
+            && end <= region.size()
+        {
+            return view(Arc::clone(region), request.offset, request);
+        }
+        let file = self.share(opened);
+        // One that is kept and of no use is of a file that has grown, or was cut off and is whole again. At most one
+        // mapping is longer than what was asked for.
+        if kept.is_none()
+            && let Ok(region) = self.mapped(&whole, page, Arc::clone(&file))
+        {
+            return view(self.whole.add(key, region), request.offset, request);
+        }
+        view(Arc::new(self.mapped(request, page, file)?), 0, request)
     }
 
     /// The file kept for this one; itself if there is none yet.
     fn share(&mut self, opened: Opened) -> Arc<File> {
         let kept = self.open.get(&opened.key);
         kept.unwrap_or_else(|| self.open.add(opened.key, opened.file))
+    }
+
+    /// Maps a range of a file that was checked to be long enough. The client may still cut it short.
+    fn mapped(&self, range: &DmaMap, page: u64, file: Arc<File>) -> Result<Region, MapError> {
+        // Nothing is accessed behind `range.size`.
+        let size = range.size.checked_next_multiple_of(page);
+        let size = size.and_then(|size| usize::try_from(size).ok());
+        let size = size.ok_or_else(|| host(range, Errno::NOMEM))?;
+        let prot = match range.flags & WRITABLE {
+            0 => libc::PROT_READ,
+            _ => libc::PROT_READ | libc::PROT_WRITE,
+        };
+        let place = Place::take(&self.room, size as u64)?;
+        MmapRegionBuilder::new(size)
+            .with_mmap_prot(prot)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::from_arc(file, range.offset))
+            .build()
+            .map(|region| Region {
+                memory: Guarded::new(region),
+                _place: place,
+            })
+            .map_err(|error| match error {
+                vm_memory::mmap::MmapRegionError::Mmap(error) => {
+                    host(range, Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))
+                }
+                _ => host(range, Errno::INVAL),
+            })
     }
 }
 
@@ -200,30 +237,6 @@ fn view(region: Arc<Region>, start: u64, request: &DmaMap) -> Result<View, MapEr
     Ok(View { region, start })
 }
 
-/// Maps a range of a file that was checked to be long enough. The client may still cut it short.
-fn mapped(range: &DmaMap, page: u64, file: Arc<File>) -> Result<Region, MapError> {
-    // Nothing is accessed behind `range.size`.
-    let size = range.size.checked_next_multiple_of(page);
-    let size = size.and_then(|size| usize::try_from(size).ok());
-    let size = size.ok_or_else(|| host(range, Errno::NOMEM))?;
-    let prot = match range.flags & WRITABLE {
-        0 => libc::PROT_READ,
-        _ => libc::PROT_READ | libc::PROT_WRITE,
-    };
-    MmapRegionBuilder::new(size)
-        .with_mmap_prot(prot)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-        .with_file_offset(FileOffset::from_arc(file, range.offset))
-        .build()
-        .map(Guarded::new)
-        .map_err(|error| match error {
-            vm_memory::mmap::MmapRegionError::Mmap(error) => {
-                host(range, Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))
-            }
-            _ => host(range, Errno::INVAL),
-        })
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt as _;
@@ -231,6 +244,7 @@ mod tests {
     use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
     use vm_memory::Bytes as _;
 
+    use super::super::room::OF_CLIENT;
     use super::*;
 
     const PAGE: u64 = 4096;
@@ -255,7 +269,10 @@ mod tests {
         /// For tests that look at no memory.
         pub(in super::super) fn nowhere() -> View {
             View {
-                region: Arc::new(Guarded::new(MmapRegion::new(1).unwrap())),
+                region: Arc::new(Region {
+                    memory: Guarded::new(MmapRegion::new(1).unwrap()),
+                    _place: Place::take(&Arc::default(), 1).unwrap(),
+                }),
                 start: 0,
             }
         }
@@ -333,7 +350,7 @@ mod tests {
         let write = files.ask(&file, 0, 3).unwrap();
         let read = files.ask(&file, 0, 1).unwrap();
         assert!(!is_same(&write, &read));
-        assert_eq!(read.region.owner().prot(), libc::PROT_READ);
+        assert_eq!(read.region.memory.owner().prot(), libc::PROT_READ);
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
         let opened = File::open(path).unwrap();
         // Although the client had another descriptor for it.
@@ -380,7 +397,7 @@ mod tests {
             files.ask(&file, 2, 3).unwrap(),
             files.ask(&file, 3, 3).unwrap(),
         );
-        assert!(!is_same(&third, &fourth) && third.region.owner().size() == 4096);
+        assert!(!is_same(&third, &fourth) && third.region.size() == 4096);
         check(&third, &file, 2);
         check(&fourth, &file, 3);
         assert!(is_same(&first, &files.ask(&file, 0, 3).unwrap()));
@@ -392,25 +409,25 @@ mod tests {
         assert!(matches!(short, MapError::ShortFile { len: PAGE, .. }));
         let part = files.ask(&file, 0, 3).unwrap();
         check(&part, &file, 0);
-        assert_eq!(part.region.owner().size(), 4096);
+        assert_eq!(part.region.size(), 4096);
         drop(first);
         file.set_len(4 * PAGE).unwrap();
         let whole = files.ask(&file, 0, 3).unwrap();
-        assert_eq!(whole.region.owner().size(), 4 * 4096);
+        assert_eq!(whole.region.size(), 4 * 4096);
         check(&whole, &file, 0);
         check(&part, &file, 0);
     }
 
     #[test]
-    fn of_a_file_too_long_for_the_host_what_is_asked_for_is_mapped() {
-        for len in [MAX_WHOLE + PAGE, 1 << 62] {
+    fn of_a_file_too_long_to_be_mapped_what_is_asked_for_is() {
+        for len in [OF_CLIENT.bytes + PAGE, 1 << 62] {
             let (mut files, file) = (Files::default(), file(1));
             file.set_len(len).unwrap();
             let pages = [0, 7, len / PAGE - 1];
             let views = pages.map(|page| files.ask(&file, page, 3).unwrap());
             for (page, view) in pages.into_iter().zip(&views) {
                 check(view, &file, page);
-                assert_eq!(view.region.owner().size(), 4096);
+                assert_eq!(view.region.size(), 4096);
             }
         }
     }

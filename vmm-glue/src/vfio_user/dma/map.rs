@@ -12,6 +12,7 @@ use super::super::PAGE_SIZES;
 use super::super::client::{Client, Remote};
 use super::super::wire::DmaMap;
 use super::files::View;
+use super::room::Full;
 use super::{READABLE, WRITABLE};
 
 /// How long nothing is said of lost maps after something was: a client can lose as many as it likes.
@@ -88,6 +89,9 @@ pub enum MapError {
         /// Bytes.
         size: u64,
     },
+    /// More than a client may map, or all of them.
+    #[error(transparent)]
+    Full(#[from] Full),
     /// The host refused.
     #[error("mapping {size:#x} bytes from file offset {offset:#x}: {errno}")]
     Host {
@@ -108,6 +112,7 @@ impl MapError {
             Self::Overlap { .. } => Errno::EXIST,
             Self::TooMany(_) => Errno::NOSPC,
             Self::NotMapped { .. } => Errno::NOENT,
+            Self::Full(_) => Errno::NOMEM,
             Self::Host { errno, .. } => *errno,
             _ => Errno::INVAL,
         }
