@@ -9,6 +9,7 @@
     reason = "a benchmark that cannot be set up has nothing to report"
 )]
 
+mod asked;
 mod line;
 mod place;
 
@@ -232,6 +233,7 @@ fn compare(place: Place) {
     interleaved(place, Run::new("floor", Line::bare), runs);
     maps(place);
     connects(place);
+    asked::compare(place);
 }
 
 fn register_access(criterion: &mut Criterion) {
