@@ -157,9 +157,9 @@ impl Device {
                 self.read_state(argsz, size, reply)
             }
             Request::MigrationWrite(data) => {
-                self.function.migrate().ok_or(unsupported(header))?;
+                let migrate = self.function.migrate().ok_or(unsupported(header))?;
                 self.check_transfer(data.len() as u64)?;
-                Ok(self.migration.write(data)?)
+                Ok(self.migration.write(migrate, data)?)
             }
             Request::GetRegionIoFds { .. } => {
                 self.start_kicks();
