@@ -33,7 +33,6 @@ mod features;
 pub mod framing;
 mod io_fds;
 pub mod irq;
-mod kicks;
 pub mod listener;
 pub mod migration;
 pub mod polling;
