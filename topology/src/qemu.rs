@@ -187,9 +187,12 @@ pub fn arguments(plan: &Plan, host: &Host) -> Result<Vec<String>, QemuError> {
     let below_4g = plan.holes.below_4g;
     let below_4g = below_4g.map(|size| format!(",max-ram-below-4g={size}"));
     let below_4g = below_4g.unwrap_or_default();
+    // With system management mode each CPU has a view of memory of its own, which QEMU computes anew whenever a guest moves
+    // a BAR or a bridge's window: of the boot of 8 GPUs that was a fifth. Firmware that needs the mode needs flash
+    // too, which `-bios` is not.
     arg(
         "-machine",
-        format!("q35,usb=off,vmport=off{hmat}{below_4g}"),
+        format!("q35,usb=off,vmport=off,smm=off{hmat}{below_4g}"),
     );
     if plan.holes.pci_hole64 != PCI_HOLE64 {
         let size = plan.holes.pci_hole64;

@@ -168,6 +168,20 @@ pub struct GpuSeen {
     pub lspci: String,
     /// What the driver did and how it went.
     pub steps: Vec<Step>,
+    /// What accesses to its registers cost, if the agent was told to time them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access_times: Option<AccessTimes>,
+}
+
+/// Nanoseconds of an access to a register as a driver sees it: a figure for each block of accesses.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AccessTimes {
+    /// Of a read.
+    pub read_ns: Vec<u64>,
+    /// Of a write, up to the last store of the block.
+    pub write_ns: Vec<u64>,
+    /// Of the same writes, up to the answer to a read behind them: the device has done them all.
+    pub done_ns: Vec<u64>,
 }
 
 /// A partition's registers.

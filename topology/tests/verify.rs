@@ -182,6 +182,7 @@ fn seen(plan: &Plan, gpu: &numagpu_topology::plan::Gpu) -> GpuSeen {
                 detail: String::new(),
             })
             .collect(),
+        access_times: None,
     }
 }
 

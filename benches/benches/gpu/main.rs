@@ -19,63 +19,13 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use numagpu_benches::figures::{alternating, is_asked_for, nanos, quantile, ratio, thousandths};
 use numagpu_devices::bus::PciFunction;
 use numagpu_devices::registers::address;
 use numagpu_devices::spec::regs::{identity, partition, queue};
 use numagpu_devices::spec::{pci, sdma};
 
 use machine::{Driver, HBM, HBM_FROM, HBM_STRIDE, HBM_TO, MIB, WINDOW, Way, machine};
-
-fn nanos(work: impl FnOnce()) -> u64 {
-    let since = Instant::now();
-    work();
-    u64::try_from(since.elapsed().as_nanos()).unwrap()
-}
-
-/// The quantile of samples.
-fn quantile(samples: &mut [u64], per_mille: usize) -> u64 {
-    samples.sort_unstable();
-    let at = samples.len().saturating_sub(1) * per_mille / 1000;
-    samples.get(at).copied().unwrap_or(0)
-}
-
-/// Medians of both in alternating blocks, the first of which warms up.
-fn alternating(
-    blocks: usize,
-    mut ours: impl FnMut() -> u64,
-    mut floor: impl FnMut() -> u64,
-) -> [u64; 2] {
-    let mut samples = [Vec::new(), Vec::new()];
-    for block in 0..=blocks {
-        let pair = [ours(), floor()];
-        if block > 0 {
-            samples
-                .iter_mut()
-                .zip(pair)
-                .for_each(|(to, it)| to.push(it));
-        }
-    }
-    samples.map(|mut samples| quantile(&mut samples, 500))
-}
-
-/// Per mille of two figures.
-fn ratio(of: u64, to: u64) -> String {
-    let mille = of * 1000 / to.max(1);
-    format!("{}.{:03} x", mille / 1000, mille % 1000)
-}
-
-/// Thousandths of a unit.
-fn thousandths(value: u64) -> String {
-    format!("{}.{:03}", value / 1000, value % 1000)
-}
-
-fn is_asked_for(what: &str) -> bool {
-    let mut words = std::env::args()
-        .skip(1)
-        .filter(|word| !word.starts_with('-'));
-    let first = words.next();
-    first.is_none_or(|word| what.contains(&word))
-}
 
 fn registers(criterion: &mut Criterion) {
     if !is_asked_for("registers") {

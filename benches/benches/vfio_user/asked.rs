@@ -4,12 +4,11 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use numagpu_benches::figures::{nanos, quantile, ratio};
+use numagpu_benches::line::{Served, message};
+use numagpu_benches::place::Place;
 use numagpu_devices::bus::{DmaAccess, DmaPort};
 use numagpu_vmm_glue::vfio_user::Polling;
-
-use crate::line::{Served, message};
-use crate::place::Place;
-use crate::{nanos, quantile, ratio};
 
 /// Bytes of an access.
 const DATA: usize = 64;

@@ -10,16 +10,15 @@
 )]
 
 mod asked;
-mod line;
-mod place;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use line::{BURST, Line, Served};
+use numagpu_benches::figures::{nanos, quantile, ratio};
+use numagpu_benches::line::{BURST, Line, Served};
+use numagpu_benches::place::{self, Place};
 use numagpu_vmm_glue::vfio_user::Polling;
-use place::Place;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 /// Blocks of each; the first warms up.
@@ -28,25 +27,6 @@ const BLOCKS: usize = 41;
 /// Maps of one round, and how many are asked for before the first is waited for.
 const MAPS: u64 = 1000;
 const IN_FLIGHT: u64 = 32;
-
-/// The quantile of samples.
-fn quantile(samples: &mut [u64], per_mille: usize) -> u64 {
-    samples.sort_unstable();
-    let at = samples.len().saturating_sub(1) * per_mille / 1000;
-    samples.get(at).copied().unwrap_or(0)
-}
-
-fn nanos(mut work: impl FnMut()) -> u64 {
-    let since = Instant::now();
-    work();
-    u64::try_from(since.elapsed().as_nanos()).unwrap()
-}
-
-/// Per mille of two figures.
-fn ratio(ours: u64, floor: u64) -> String {
-    let mille = ours * 1000 / floor.max(1);
-    format!("{}.{:03} x", mille / 1000, mille % 1000)
-}
 
 /// One of those that are compared.
 struct Run {

@@ -9,6 +9,7 @@
 //! |---|---|
 //! | `numagpu.hold` | the same, and the host looks into the HBM while it is owned |
 //! | `numagpu.faults` | the faults of a scenario, one after the other ([`drive`]) |
+//! | `numagpu.times` | accesses to registers, timed ([`drive`]) |
 //! | `numagpu.vfio` | functions passed on by VFIO, behind an IOMMU ([`passthrough`]) |
 
 mod device;
@@ -148,6 +149,11 @@ fn main() {
         Ok(mut drive) if told("numagpu.faults") => {
             host.progress("driver: meets the faults of the scenario");
             drive.faults();
+            report.gpus = drive.finish();
+        }
+        Ok(mut drive) if told("numagpu.times") => {
+            host.progress("driver: times accesses to registers");
+            drive.time_accesses();
             report.gpus = drive.finish();
         }
         Ok(mut drive) => {

@@ -8,6 +8,7 @@ mod memory_errors;
 mod modes;
 mod ownership;
 mod packets;
+mod times;
 
 use numagpu_spec::regs::{self, OwnerCommand, OwnerResult, TimingMode};
 use numagpu_topology::seen::{DaxSeen, GpuSeen, PartitionSeen, Pattern, Step, steps};

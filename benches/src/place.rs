@@ -8,15 +8,17 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 pub struct Place {
     /// What it is called in a report.
     pub name: &'static str,
-    client: usize,
-    server: usize,
+    client: CpuSet,
+    server: CpuSet,
 }
 
 impl Place {
     /// The places that this process may use: one core for both, and one each where there are two.
     pub fn all() -> Vec<Place> {
         let allowed = sched_getaffinity(None).unwrap();
-        let mut cores = (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core));
+        let mut cores = (0..CpuSet::MAX_CPU)
+            .filter(|core| allowed.is_set(*core))
+            .map(only);
         let (client, server) = (cores.next().unwrap(), cores.next());
         let one = Place {
             name: "one core",
@@ -31,9 +33,19 @@ impl Place {
         std::iter::once(one).chain(two).collect()
     }
 
+    /// Wherever the kernel likes, as programs run that nobody pins.
+    pub fn anywhere() -> Place {
+        let allowed = sched_getaffinity(None).unwrap();
+        Place {
+            name: "not pinned",
+            client: allowed,
+            server: allowed,
+        }
+    }
+
     /// Whether client and server can run at the same time.
     pub fn is_parallel(self) -> bool {
-        self.client != self.server
+        self.client != self.server || self.client.count() > 1
     }
 
     /// Makes something whose threads run where servers do: threads inherit the core of the one that starts them
@@ -46,9 +58,13 @@ impl Place {
     }
 }
 
-fn stay_on(core: usize) {
+fn only(core: usize) -> CpuSet {
     let mut cores = CpuSet::new();
     cores.set(core);
+    cores
+}
+
+fn stay_on(cores: CpuSet) {
     sched_setaffinity(None, &cores).unwrap();
 }
 

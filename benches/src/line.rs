@@ -114,6 +114,7 @@ impl ServerBackend for Peer {
     }
 }
 
+/// A message with this command number, flags and body.
 pub fn message(command: u16, flags: u32, body: &[&[u8]]) -> Vec<u8> {
     let body = body.concat();
     let size = u32::try_from(16 + body.len()).unwrap();
