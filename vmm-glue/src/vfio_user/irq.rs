@@ -86,7 +86,10 @@ impl IrqTable {
             return Err(flags_refused);
         }
         if (flags, start, count) == (TRIGGER_NONE, 0, 0) {
-            self.disable();
+            // The others are always off.
+            if index == MSIX {
+                self.disable();
+            }
             return Ok(());
         }
         if count == 0 || start.checked_add(count).is_none_or(|end| end > have) {

@@ -115,3 +115,22 @@ fn interrupts_reach_the_client() {
     client.set_irqs(2, 0x21, 0, 0, &[]).unwrap();
     assert!((0..VECTORS).all(|vector| !irq.trigger(vector)));
 }
+
+/// "A count (and start) of 0, with data flags of VFIO_IRQ_SET_DATA_NONE disables all interrupts of the index"
+/// (`VFIO_USER_DEVICE_SET_IRQS`), and of no other one.
+#[test]
+fn an_index_that_is_disabled_leaves_the_vectors_of_others() {
+    let served = serve();
+    let mut client = Client::new(&served.path()).unwrap();
+    let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    client
+        .set_irqs(2, 0x24, 3, 1, &[event.as_raw_fd()])
+        .unwrap();
+    let irq = served.probe.attachment().irq;
+    for index in [0, 1] {
+        client.set_irqs(index, 0x21, 0, 0, &[]).unwrap();
+        assert!(irq.trigger(3), "{index}");
+    }
+    client.set_irqs(2, 0x21, 0, 0, &[]).unwrap();
+    assert!(!irq.trigger(3));
+}
