@@ -111,7 +111,7 @@ impl IrqTable {
             TRIGGER_NONE => (0..count).for_each(|n| {
                 self.trigger(vector(n));
             }),
-            TRIGGER_BOOL if data.len() >= count as usize => {
+            TRIGGER_BOOL if data.len() == count as usize => {
                 for (n, wanted) in (0..count).zip(data) {
                     if *wanted != 0 {
                         self.trigger(vector(n));

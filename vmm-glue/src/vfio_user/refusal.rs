@@ -40,14 +40,14 @@ pub enum Refusal {
         /// Bytes there should be, at least.
         want: usize,
     },
-    /// `argsz` leaves no room for the reply.
-    #[error("command {command} with argsz {argsz}; the reply has {want} bytes")]
+    /// `argsz` leaves no room for the reply, or for the request where the reply has no body.
+    #[error("command {command} with argsz {argsz}; at least {want} bytes are needed")]
     Argsz {
         /// Command number.
         command: u16,
         /// What the client has room for.
         argsz: u32,
-        /// What the reply takes.
+        /// What it takes.
         want: u32,
     },
     /// Something else than `VERSION` came first.

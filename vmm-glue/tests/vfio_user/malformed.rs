@@ -38,6 +38,10 @@ pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
         |flags, offset, address, size| message(DMA_MAP, &map_body(flags, offset, address, size));
     let irqs =
         |flags, index, start, count| message(SET_IRQS, &irqs_body(flags, index, start, count));
+    let bools = |count: u32, data: &[u8]| {
+        let head = words(&[count.saturating_add(20), 0x22, 2, 0, count]);
+        message(SET_IRQS, &[&head, data].concat())
+    };
     let multi =
         |count: u64, entries: &[u8]| message(WRITE_MULTI, &[&longs(&[count]), entries].concat());
     let quiet = |command, body: &[u8]| {
@@ -201,6 +205,11 @@ pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
             multi(1, &region_body(bar_end, 0, 1, &[0; 8])),
             Errno(EINVAL),
         ),
+        (
+            "map argsz",
+            message(DMA_MAP, &[words(&[31, 3]), longs(&[0, 0, 0x1000])].concat()),
+            Errno(EINVAL),
+        ),
         ("map of 0", map(3, 0, 0x1000, 0), Errno(EINVAL)),
         ("map that wraps", map(3, 0, !0xfff, 0x2000), Errno(EINVAL)),
         (
@@ -214,6 +223,11 @@ pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
             "unmap of nothing",
             message(DMA_UNMAP, &unmap_body(0, 0, 0x1000)),
             Errno(ENOENT),
+        ),
+        (
+            "unmap argsz",
+            message(DMA_UNMAP, &[words(&[23, 2]), longs(&[0, 0])].concat()),
+            Errno(EINVAL),
         ),
         (
             "unmap with bitmap",
@@ -236,6 +250,15 @@ pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
             Success(24),
         ),
         ("irqs short", message(SET_IRQS, &[0; 19]), Errno(EINVAL)),
+        (
+            "irqs argsz",
+            message(SET_IRQS, &words(&[19, 0x21, 2, 0, 0])),
+            Errno(EINVAL),
+        ),
+        ("irqs bool of less", bools(4, &[0; 3]), Errno(EINVAL)),
+        ("irqs bool of more", bools(4, &[0; 5]), Errno(EINVAL)),
+        ("irqs bool", bools(4, &[0; 4]), Success(0)),
+        ("irqs bool of ones", bools(ones, &[0; 4]), Errno(EINVAL)),
         ("irqs past the end", irqs(0x24, 2, 31, 2), Errno(EINVAL)),
         ("irqs that wrap", irqs(0x24, 2, ones, 2), Errno(EINVAL)),
         ("irqs of ones", irqs(0x21, 2, 0, ones), Errno(EINVAL)),
