@@ -288,7 +288,10 @@ fn a_partly_mappable_region_is_described_byte_for_byte() {
             0, 0, 0x40, 0, 0, 0, 0, 0, // 4 MiB
         ];
         if argsz < 64 {
-            assert_eq!(answer.body, fixed, "{argsz}");
+            // "Indicates additional capabilities found in the reply".
+            let mut without = fixed;
+            (without[4], without[12]) = (0x7, 0);
+            assert_eq!(answer.body, without, "{argsz}");
         } else {
             assert_eq!(answer.body, [&fixed[..], &capability].concat());
         }
