@@ -369,15 +369,13 @@ impl Device {
             Ask::SetState(state) => {
                 let migrate = migrate.ok_or(Refusal::Feature { index: flags })?;
                 self.migration.set(migrate, state)?;
-                reply.u32(argsz).u32(flags);
-                reply.bytes(data.get(..8).unwrap_or_default());
+                reply.u32(argsz).u32(flags).bytes(data);
             }
             Ask::Start { page_size, ranges } => {
                 let spans: Vec<_> = features::ranges(ranges).collect();
                 let page = self.dma.start_log(page_size, &spans)?;
                 reply.u32(argsz).u32(flags).u64(page);
-                let rest = 16 + ranges.len();
-                reply.bytes(data.get(8..rest).unwrap_or_default());
+                reply.bytes(data.get(8..).unwrap_or_default());
             }
             Ask::Stop => {
                 self.dma.dirty().stop();

@@ -96,6 +96,13 @@ fn stop_and_copy_is_all_that_is_offered() {
     let short = feature_body(16, SET | DEVICE_STATE, &words(&[STOP]));
     assert_eq!(raw.errno(FEATURE, &short, &[]), EINVAL);
     let cramped = feature_body(8, SET | DEVICE_STATE, &words(&[STOP, 0]));
+    // The reply is the request, also what of it is not used.
+    for (room, want) in [(19, EINVAL), (20, 0)] {
+        let body = feature_body(room, SET | DEVICE_STATE, &words(&[RUNNING, 0, 7]));
+        let answer = raw.ask(FEATURE, &body, &[]);
+        assert_eq!(answer.errno, want);
+        assert!(want != 0 || answer.body == body);
+    }
     assert_eq!(raw.errno(FEATURE, &cramped, &[]), EINVAL);
     assert_eq!(state(&mut raw), RUNNING);
 }
