@@ -47,6 +47,8 @@ pub struct Device {
     limits: Limits,
     /// Most file descriptors that the client takes with one message.
     max_fds: usize,
+    /// Most data bytes that the client takes at a time.
+    max_taken: u64,
     /// Whether `VERSION` was negotiated, from which on the function is attached.
     attached: bool,
 }
@@ -69,6 +71,7 @@ impl Device {
             kicks: None,
             limits,
             max_fds: 1,
+            max_taken: 0,
             attached: false,
         }
     }
@@ -158,7 +161,7 @@ impl Device {
             }
             Request::MigrationWrite(data) => {
                 self.function.migrate().ok_or(unsupported(header))?;
-                self.check_transfer(data.len() as u64)?;
+                self.check_piece(data.len() as u64)?;
                 Ok(self.migration.write(data)?)
             }
             Request::GetRegionIoFds { .. } => {
@@ -259,6 +262,7 @@ impl Device {
         self.function.attach(Attachment {
             dma: Arc::clone(&self.dma) as _,
             irq: Arc::clone(&self.irq) as _,
+        self.max_taken = agreed.max_transfer;
         });
         self.attached = true;
         reply.u16(version::MAJOR).u16(agreed.minor);
@@ -408,7 +412,7 @@ impl Device {
     }
 
     fn read_state(&mut self, argsz: u32, size: u32, reply: &mut Reply) -> Result<(), Refusal> {
-        self.check_transfer(size.into())?;
+        self.check_piece(size.into())?;
         let want = DATA_HEAD + size;
         if argsz < want {
             return Err(Refusal::Argsz {
@@ -424,11 +428,13 @@ impl Device {
     }
 
     fn check_transfer(&self, count: u64) -> Result<(), Refusal> {
-        let max = self.limits.max_transfer;
-        match count > max as u64 {
-            true => Err(Refusal::Transfer { count, max }),
-            false => Ok(()),
-        }
+        at_most(count, self.limits.max_transfer)
+    }
+
+    /// A piece of a migration's state, which both sides have to take.
+    fn check_piece(&self, count: u64) -> Result<(), Refusal> {
+        let theirs = usize::try_from(self.max_taken).unwrap_or(usize::MAX);
+        at_most(count, self.limits.max_transfer.min(theirs))
     }
 
     /// The function was reset or detached, and so runs.
@@ -461,6 +467,13 @@ fn open_twin(client: &Arc<Client>) -> Option<Twin> {
 
 fn unsupported(header: &Header) -> Refusal {
     Refusal::Unsupported(header.command)
+}
+
+fn at_most(count: u64, max: usize) -> Result<(), Refusal> {
+    match count > max as u64 {
+        true => Err(Refusal::Transfer { count, max }),
+        false => Ok(()),
+    }
 }
 
 impl Drop for Device {

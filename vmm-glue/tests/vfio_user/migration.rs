@@ -198,6 +198,22 @@ fn data_goes_only_where_its_state_allows_and_as_much_as_it_says() {
     assert_eq!(errno(MIG_READ, &words(&[8 + more, more])), EINVAL);
     assert_eq!(errno(MIG_READ, &words(&[u32::MAX, u32::MAX])), EINVAL);
 }
+/// `max_data_xfer_size` ("Version"): a client takes and sends no more at a time than it says.
+#[test]
+fn data_comes_and_goes_in_pieces_that_the_client_takes() {
+    let served = migrating();
+    let proposal = "{\"capabilities\":{\"max_data_xfer_size\":4}}\0";
+    let mut raw = Raw::proposing(&served.path(), proposal);
+    assert_eq!(go(&mut raw, STOP_COPY), 0);
+    assert_eq!(raw.errno(MIG_READ, &words(&[100, 5]), &[]), EINVAL);
+    assert_eq!(raw.ask(MIG_READ, &words(&[100, 4]), &[]).body.len(), 12);
+    assert_eq!(go(&mut raw, RESUMING), 0);
+    assert_eq!(write_state(&mut raw, &[1; 5]), EINVAL);
+    assert_eq!(write_state(&mut raw, &[1; 4]), 0);
+    // Of accesses the server's own limit holds.
+    assert_eq!(raw.errno(READ, &region_body(0, 0, 5, &[]), &[]), 0);
+}
+
 
 /// "If the delivered data is found to be incomplete, inconsistent, or otherwise invalid, fail the SET command".
 #[test]
