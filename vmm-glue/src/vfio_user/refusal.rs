@@ -172,7 +172,7 @@ impl Refusal {
     #[must_use]
     pub fn errno(&self) -> Errno {
         match self {
-            Self::Unsupported(_) | Self::SecondSocket(_) => Errno::NOTSUP,
+            Self::SecondSocket(_) => Errno::NOTSUP,
             // Linux's answer (`vfio_ioctl_device_feature`).
             Self::Feature { .. } => Errno::NOTTY,
             Self::Map(error) => error.errno(),

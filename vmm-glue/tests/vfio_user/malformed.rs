@@ -8,7 +8,6 @@ use crate::device::{BAR0, is_alone, serve, serve_limited};
 use crate::raw::*;
 
 const EINVAL: u32 = 22;
-const ENOTSUP: u32 = 95;
 const ENOENT: u32 = 2;
 const EEXIST: u32 = 17;
 
@@ -72,19 +71,15 @@ pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
         ("command 0", message(0, &[]), Errno(EINVAL)),
         ("command 19", message(19, &[1; 100]), Errno(EINVAL)),
         ("command 0xffff", message(0xffff, &[]), Errno(EINVAL)),
-        (
-            "DMA_READ to a server",
-            message(11, &[0; 16]),
-            Errno(ENOTSUP),
-        ),
+        ("DMA_READ to a server", message(11, &[0; 16]), Errno(EINVAL)),
         (
             "DMA_WRITE to a server",
             message(12, &[0; 16]),
-            Errno(ENOTSUP),
+            Errno(EINVAL),
         ),
-        ("DIRTY_PAGES", message(14, &[0; 8]), Errno(ENOTSUP)),
+        ("DIRTY_PAGES", message(14, &[0; 8]), Errno(EINVAL)),
         ("DEVICE_FEATURE", message(FEATURE, &[0; 8]), Errno(EINVAL)),
-        ("MIG_DATA_READ", message(MIG_READ, &[0; 8]), Errno(ENOTSUP)),
+        ("MIG_DATA_READ", message(MIG_READ, &[0; 8]), Errno(EINVAL)),
         (
             "MIG_DATA_WRITE",
             message(MIG_WRITE, &[0; 70_000]),
