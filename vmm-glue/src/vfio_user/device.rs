@@ -95,6 +95,10 @@ impl Device {
         }
         match request {
             Request::Version { major, minor, data } => {
+                if !fds.is_empty() {
+                    let got = fds.len();
+                    return Err(Refusal::Fds { got, max: 0 });
+                }
                 self.version((major, minor), data, header.no_reply(), reply)
             }
             Request::RegionRead(access) => {
@@ -258,11 +262,11 @@ impl Device {
             reply.with(Files::Twin);
         }
         self.client.limit(agreed.max_transfer);
+        self.max_taken = agreed.max_transfer;
         self.max_fds = agreed.max_fds.min(MAX_FDS);
         self.function.attach(Attachment {
             dma: Arc::clone(&self.dma) as _,
             irq: Arc::clone(&self.irq) as _,
-        self.max_taken = agreed.max_transfer;
         });
         self.attached = true;
         reply.u16(version::MAJOR).u16(agreed.minor);
@@ -465,15 +469,15 @@ fn open_twin(client: &Arc<Client>) -> Option<Twin> {
         .ok()
 }
 
-fn unsupported(header: &Header) -> Refusal {
-    Refusal::Unsupported(header.command)
-}
-
 fn at_most(count: u64, max: usize) -> Result<(), Refusal> {
     match count > max as u64 {
         true => Err(Refusal::Transfer { count, max }),
         false => Ok(()),
     }
+}
+
+fn unsupported(header: &Header) -> Refusal {
+    Refusal::Unsupported(header.command)
 }
 
 impl Drop for Device {

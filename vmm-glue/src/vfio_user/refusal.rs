@@ -64,7 +64,7 @@ pub enum Refusal {
         /// Minor version proposed.
         minor: u16,
     },
-    /// Version data that is too long, not terminated or not the JSON it should be.
+    /// Version data that is not terminated or not the JSON it should be.
     #[error("version data of {len} bytes: {why}")]
     VersionData {
         /// Bytes of version data.

@@ -365,7 +365,6 @@ fn version_comes_first_and_once_and_can_be_tried_again() {
         assert_eq!(raw.errno(command, &[0; 32], &[]), EINVAL);
     }
     assert_eq!(raw.errno(VERSION, &[0; 3], &[]), EINVAL);
-    assert_eq!(raw.errno(VERSION, b"\x01\0\0\0{}\0", &[]), EINVAL);
     assert_eq!(raw.errno(VERSION, b"\0\0\0\0{}", &[]), EINVAL);
     assert_eq!(raw.errno(VERSION, b"\0\0\0\0nonsense\0", &[]), EINVAL);
     assert!(served.probe.state().events.is_empty());
@@ -373,6 +372,44 @@ fn version_comes_first_and_once_and_can_be_tried_again() {
     assert_eq!(answer.body, b"\0\0\0\0{}\0");
     assert_eq!(raw.errno(VERSION, b"\0\0\0\0{}\0", &[]), EINVAL);
     assert_eq!(served.probe.state().events, ["attach"]);
+}
+
+/// "Or closes the connection if it cannot support the advertised version" ("Connection Initiation"); before that it
+/// says so.
+#[test]
+fn a_client_of_another_major_version_is_told_and_left() {
+    let served = serve();
+    for major in [1_u16, 0xffff] {
+        for flags in [0, NO_REPLY] {
+            let mut raw = Raw::connect(&served.path());
+            let body = [&major.to_ne_bytes()[..], b"\0\0{}\0"].concat();
+            raw.send(&framed(7, VERSION, 23, flags, &body), &[]);
+            if flags == 0 {
+                let answer = raw.answer();
+                assert_eq!((answer.errno, answer.body.len()), (EINVAL, 0));
+            }
+            assert!(raw.is_closed());
+        }
+    }
+    let mut next = Raw::ready(&served.path());
+    assert_eq!(next.errno(VERSION, b"\x01\0\0\0{}\0", &[]), EINVAL);
+    assert_eq!(next.errno(RESET, &[], &[]), 0, "it is negotiated");
+}
+
+/// Version data is as long as the client likes, and keys that are not known are its own affair ("Version").
+#[test]
+fn version_data_may_be_as_long_as_a_message() {
+    let served = serve();
+    let mut raw = Raw::connect(&served.path());
+    let json = format!("{{\"x\":\"{}\"}}\0", "x".repeat(1 << 20));
+    let body = [&[0; 4], json.as_bytes()].concat();
+    let file = memfd(1);
+    assert_eq!(
+        raw.errno(VERSION, &body, &[file.as_fd()]),
+        EINVAL,
+        "no descriptors"
+    );
+    assert_eq!(raw.ask(VERSION, &body, &[]).body, b"\0\0\0\0{}\0");
 }
 
 #[test]
