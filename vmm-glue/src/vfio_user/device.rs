@@ -9,7 +9,7 @@ use super::client::Client;
 use super::dma::dirty::{self, DirtyError};
 use super::dma::{DmaTable, MapError};
 use super::features::{self, Ask};
-use super::irq::{self, IrqTable};
+use super::irq::IrqTable;
 use super::kicks::Kicks;
 use super::migration::{self, Migration};
 use super::refusal::Refusal;
@@ -58,13 +58,14 @@ impl Device {
     #[must_use]
     pub fn new(function: Arc<dyn PciFunction>, client: Arc<Client>, limits: Limits) -> Self {
         let vectors = function.layout().msix_vectors;
+        let irq = IrqTable::new(vectors, function.other_interrupts());
         let limits = limits.bounded();
         let dma = DmaTable::with_client(Arc::clone(&client), limits.max_dma_maps);
         Self {
             regions: Regions::new(&*function),
             function,
             dma: Arc::new(dma),
-            irq: Arc::new(IrqTable::new(vectors)),
+            irq: Arc::new(irq),
             client,
             twin: None,
             migration: Migration::default(),
@@ -181,7 +182,7 @@ impl Device {
         match request {
             Request::GetInfo => {
                 reply.u32(16).u32(DEVICE_FLAGS);
-                reply.u32(regions::COUNT).u32(irq::COUNT);
+                reply.u32(regions::COUNT).u32(self.irq.indices());
             }
             Request::GetRegionInfo { argsz, index } => {
                 self.regions.describe(index, argsz, reply)?;
