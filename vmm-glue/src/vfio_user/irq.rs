@@ -22,7 +22,8 @@ const INFO_EVENTFD: u32 = 1 << 0;
 
 const DATA_NONE: u32 = 1 << 0;
 const DATA_BOOL: u32 = 1 << 1;
-const DATA_EVENTFD: u32 = 1 << 2;
+/// `VFIO_IRQ_SET_DATA_EVENTFD`: descriptors may come along.
+pub(super) const DATA_EVENTFD: u32 = 1 << 2;
 const ACTION_TRIGGER: u32 = 1 << 5;
 
 const TRIGGER_NONE: u32 = ACTION_TRIGGER | DATA_NONE;
