@@ -4,7 +4,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{PoisonError, RwLock};
 
 use numagpu_devices::bus::{InterruptSink, OtherInterrupt};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use super::refusal::Refusal;
 use super::wire::SetIrqs;
@@ -133,7 +134,6 @@ impl IrqTable {
         match flags {
             TRIGGER_EVENTFD if fds.is_empty() => vectors.assign(start, count, std::iter::empty()),
             TRIGGER_EVENTFD if fds.len() == count as usize => {
-                fds.iter().for_each(do_not_block);
                 vectors.assign(start, count, fds.drain(..));
             }
             TRIGGER_NONE => (0..count).for_each(|n| {
@@ -182,20 +182,25 @@ impl Index {
         let Some(Some(fd)) = vectors.get(usize::from(vector)) else {
             return false;
         };
-        // A full counter (EAGAIN) means that an interrupt is pending already.
+        // A full counter means that an interrupt is pending already.
+        if !has_room(fd) {
+            return true;
+        }
         let sent = rustix::io::write(fd.as_fd(), &1_u64.to_ne_bytes());
-        matches!(sent, Ok(_) | Err(rustix::io::Errno::AGAIN))
+        matches!(sent, Ok(_) | Err(Errno::AGAIN))
     }
 }
 
-/// Sees to it that a client with a full counter cannot block the device. If the descriptor refuses, it is none
-/// that a write blocks on.
-fn do_not_block(fd: &OwnedFd) {
-    if let Ok(flags) = fcntl_getfl(fd)
-        && !flags.contains(OFlags::NONBLOCK)
-    {
-        let _ = fcntl_setfl(fd, flags | OFlags::NONBLOCK);
-    }
+/// Whether a write would not block. Which it may: a client that waits for its interrupts in a read has a descriptor that
+/// blocks, and its flags are not ours to change.
+fn has_room(fd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::OUT)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // Where nothing can be told the write does.
+    poll(&mut fds, Some(&now)) != Ok(0)
 }
 
 impl InterruptSink for IrqTable {
