@@ -185,7 +185,8 @@ impl Device {
                 reply.u32(regions::COUNT).u32(self.irq.indices());
             }
             Request::GetRegionInfo { argsz, index } => {
-                self.regions.describe(index, argsz, reply)?;
+                let takes_fds = self.max_fds > 0;
+                self.regions.describe(index, argsz, takes_fds, reply)?;
             }
             Request::GetRegionIoFds { argsz, index } => {
                 if self.regions.size(index)? == 0 {

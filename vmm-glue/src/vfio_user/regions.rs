@@ -101,11 +101,19 @@ impl Regions {
 
     /// Puts the body of a reply to `DEVICE_GET_REGION_INFO` for a client that has room for `argsz` bytes. Where the
     /// capability does not fit, the body does not speak of it, but for its `argsz`, which says how much room is needed.
+    /// A client that takes no descriptors (`takes_fds`) can map nothing.
     ///
     /// # Errors
     /// [`Refusal::Region`] if the index is not below [`COUNT`].
-    pub fn describe(&self, index: u32, argsz: u32, reply: &mut Reply) -> Result<(), Refusal> {
+    pub fn describe(
+        &self,
+        index: u32,
+        argsz: u32,
+        takes_fds: bool,
+        reply: &mut Reply,
+    ) -> Result<(), Refusal> {
         let Region { size, mappable, .. } = self.region(index)?;
+        let mappable: &[Area] = if takes_fds { mappable } else { &[] };
         let whole = Area {
             offset: 0,
             size: *size,
@@ -118,7 +126,7 @@ impl Regions {
             flags |= MMAP;
             reply.with(Files::Bar(bar));
         }
-        let areas: &[Area] = if *mappable == [whole] { &[] } else { mappable };
+        let areas = if *mappable == [whole] { &[] } else { mappable };
         if !areas.is_empty() {
             need += SPARSE_SIZE + AREA_SIZE * u32::try_from(areas.len()).unwrap_or(0);
         }

@@ -326,6 +326,18 @@ fn regions_without_areas_or_with_one_of_all_need_no_capability() {
     }
 }
 
+/// "Maximum number of file descriptors that can be received by the sender in one message" ("Version"): without any
+/// there is nothing to map, and accesses go by messages.
+#[test]
+fn a_client_that_takes_no_descriptors_is_offered_no_map() {
+    let served = serve(8 * MIB);
+    let proposal = "{\"capabilities\":{\"max_msg_fds\":0}}\0";
+    let mut raw = Raw::proposing(&served.path(), proposal);
+    let (answer, fds) = info(&mut raw, 64, APERTURE);
+    let want = [words(&[32, 3, APERTURE, 0]), longs(&[8 * MIB, 0])].concat();
+    assert_eq!((answer.errno, answer.body, fds.len()), (0, want, 0));
+}
+
 #[test]
 fn the_client_of_cloud_hypervisor_finds_what_to_map() {
     for (size, areas) in [(8 * MIB, vec![(0, 4 * MIB)]), (4 * MIB, vec![])] {
