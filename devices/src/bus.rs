@@ -323,6 +323,26 @@ pub trait Migrate {
     /// # Errors
     /// [`MigrateError`]; the function is then as before.
     fn load(&self, state: &[u8]) -> Result<(), MigrateError>;
+
+    /// What a function has to agree in to take this one's state, as it is given while this one works: long before the
+    /// state, so that nobody comes to rest for a target that does not fit. Empty if any function of its kind will do.
+    ///
+    /// # Errors
+    /// [`MigrateError`].
+    fn outline(&self) -> Result<Vec<u8>, MigrateError> {
+        Ok(Vec::new())
+    }
+
+    /// Compares with [`Migrate::outline`] of another function, which is not empty.
+    ///
+    /// # Errors
+    /// [`MigrateError::Bad`] if the state of that function would not be taken.
+    fn fits(&self, outline: &[u8]) -> Result<(), MigrateError> {
+        let bytes = outline.len();
+        Err(MigrateError::Bad(format!(
+            "{bytes} bytes that say what it has to be"
+        )))
+    }
 }
 
 /// The memory of one HBM partition.

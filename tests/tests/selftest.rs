@@ -25,11 +25,12 @@ const CLIENT: [&str; 10] = [
 ];
 
 /// Checks of the second.
-const GUEST: [&str; 19] = [
+const GUEST: [&str; 20] = [
     "open",
     "machine",
     "long mode and local APIC",
     "find by ECAM",
+    "find by ports",
     "size and place BARs",
     "decode as the command register says",
     "MSI-X",
@@ -107,7 +108,7 @@ fn where_there_is_kvm_a_guest_drives_the_gpu() {
     all_ok(client, "vfio-user", &CLIENT);
     let (summary, guest) = rest.split_last().unwrap();
     all_ok(guest, "kvm", &GUEST);
-    assert_eq!(summary, "29 ok, 0 failed, 0 skipped");
+    assert_eq!(summary, "30 ok, 0 failed, 0 skipped");
     assert_eq!(code, Some(0));
     let kick = guest.iter().find(|it| it.contains("kick")).unwrap();
     assert!(kick.ends_with("without an exit to this process"), "{kick}");

@@ -394,6 +394,21 @@ impl Migrate for Scratch {
         }
         Ok(())
     }
+
+    /// Number and bytes of each region, configuration space as number 7.
+    fn outline(&self) -> Result<Vec<u8>, MigrateError> {
+        let bars = self.layout.bars.iter();
+        let bars = bars.map(|bar| format!("{}:{:#x} ", bar.index, bar.size));
+        let config_size = self.layout.config_size;
+        Ok(format!("{}7:{config_size:#x}", bars.collect::<String>()).into_bytes())
+    }
+
+    fn fits(&self, outline: &[u8]) -> Result<(), MigrateError> {
+        match outline == self.outline()? {
+            true => Ok(()),
+            false => Err(MigrateError::Bad("other regions".to_owned())),
+        }
+    }
 }
 
 fn bad(bytes: usize) -> MigrateError {

@@ -4,13 +4,14 @@
 //! Both are sparse: a page costs memory or disk once it is written. The VMM maps the very same file, so what a
 //! guest's CPU writes is what the device reads, with no copy between.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use numagpu_devices::bus::{BackingId, HbmStore};
 use numagpu_topology::size::GIB;
@@ -21,6 +22,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use thiserror::Error;
+use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileMemoryError, VolatileSlice};
 
 use crate::sys::guarded::Guarded;
@@ -114,6 +116,7 @@ fn in_words(bytes: Option<u64>) -> String {
 pub struct HbmBacking {
     file: Arc<File>,
     region: Guarded<Arc<MmapRegion>>,
+    tracked: OnceLock<Box<Tracked>>,
     size: u64,
     id: BackingId,
     /// Where the file is, if it has a name; it is removed at the end.
@@ -122,6 +125,29 @@ pub struct HbmBacking {
     removed: AtomicBool,
     /// Whether it is made of huge pages, which have to be there before they are touched.
     huge: bool,
+}
+
+/// A further mapping of the same memory, and the next one.
+#[derive(Debug)]
+struct Tracked {
+    mapping: Box<dyn Mapping>,
+    next: OnceLock<Box<Tracked>>,
+}
+
+/// A guarded mapping, whatever it tracks.
+trait Mapping: fmt::Debug + Send + Sync {
+    fn is_lost(&self) -> bool;
+    fn is_news(&self) -> bool;
+}
+
+impl<B: fmt::Debug + Bitmap + Send + Sync> Mapping for Guarded<Arc<MmapRegion<B>>> {
+    fn is_lost(&self) -> bool {
+        Guarded::is_lost(self)
+    }
+
+    fn is_news(&self) -> bool {
+        Guarded::is_news(self)
+    }
 }
 
 /// Removes a named file unless it is kept until a backing owns it.
@@ -226,6 +252,36 @@ impl HbmBacking {
         Arc::clone(self.region.owner())
     }
 
+    /// A mapping of its own of all of the memory, with a bitmap of what is written through it. It stays as long as this value
+    /// exists, and longer if somebody holds it.
+    ///
+    /// # Errors
+    /// [`HbmError::Host`].
+    pub fn map_tracked<B>(&self) -> Result<Arc<MmapRegion<B>>, HbmError>
+    where
+        B: NewBitmap + fmt::Debug + Send + Sync + 'static,
+    {
+        let file = FileOffset::from_arc(Arc::clone(&self.file), 0);
+        let region = MmapRegion::<B>::from_file(file, self.region.owner().size());
+        let region = region.map_err(|error| HbmError::Host {
+            doing: "map",
+            name: self.name(),
+            size: self.size,
+            source: io::Error::other(error),
+        })?;
+        let region = Arc::new(region);
+        let mut tracked = Box::new(Tracked {
+            mapping: Box::new(Guarded::new(Arc::clone(&region))),
+            next: OnceLock::new(),
+        });
+        let mut end = &self.tracked;
+        while let Err(back) = end.set(tracked) {
+            tracked = back;
+            end = end.get().map_or(end, |it| &it.next);
+        }
+        Ok(region)
+    }
+
     /// Removes the file's name now, if it has one. The memory stays until the last owner lets go of it.
     pub fn remove_name(&self) {
         if let Some(path) = &self.path
@@ -256,6 +312,7 @@ impl HbmBacking {
         Ok(Self {
             file,
             region: Guarded::new(Arc::new(region)),
+            tracked: OnceLock::new(),
             size,
             id,
             path: named.0.take(),
@@ -267,10 +324,16 @@ impl HbmBacking {
     /// Whether the memory is that of the file still. Once it is not, nobody gets any of it: what the device has in its
     /// place is not what CPUs see, and would not be scrubbed.
     fn check(&self) -> io::Result<()> {
-        if !self.region.is_lost() {
+        let first: &dyn Mapping = &self.region;
+        let tracked = std::iter::successors(self.tracked.get(), |it| it.next.get());
+        let tracked = tracked.map(|it| &*it.mapping);
+        let Some(lost) = std::iter::once(first)
+            .chain(tracked)
+            .find(|it| it.is_lost())
+        else {
             return Ok(());
-        }
-        if self.region.is_news() {
+        };
+        if lost.is_news() {
             self.tell_lost();
         }
         Err(io::Error::other("its file was cut short or has no room"))
@@ -520,6 +583,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
     use vm_memory::Bytes as _;
+    use vm_memory::bitmap::AtomicBitmap;
 
     /// Huge pages of the host's pool, given back at the end.
     struct Pool(String);
@@ -734,6 +798,29 @@ mod tests {
         assert!(hbm.slice(0, 1).is_err());
         whole.slice(0x3fff, 1).unwrap().write_obj(1_u8, 0).unwrap();
         whole.scrub(0, 0x4000).unwrap();
+    }
+
+    #[test]
+    fn a_tracked_mapping_is_the_same_memory_and_lost_with_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let hbm = HbmBacking::in_dir(dir.path(), "hbm", 0x4000).unwrap();
+        let tracked: Vec<Arc<MmapRegion<AtomicBitmap>>> =
+            (0..3).map(|_| hbm.map_tracked().unwrap()).collect();
+        for (at, region) in (0..).zip(&tracked) {
+            region.as_volatile_slice().write_obj(7_u8, at).unwrap();
+            let seen: u8 = hbm.slice(0, 0x4000).unwrap().read_obj(at).unwrap();
+            assert_eq!(seen, 7);
+            assert!(region.bitmap().dirty_at(0) && !region.bitmap().dirty_at(0x1000));
+        }
+        let other = File::options().write(true).open(hbm.path().unwrap());
+        other.unwrap().set_len(0x1000).unwrap();
+        let [_, _, last] = &tracked[..] else {
+            panic!("three")
+        };
+        let seen: u8 = last.as_volatile_slice().read_obj(0x3000).unwrap();
+        assert_eq!(seen, 0);
+        // What a CPU has there now, the device would not see.
+        assert!(hbm.slice(0, 1).is_err());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! | [`hbm`] | the memory that backs HBM, shared by device and VMM |
 //! | [`assets`] | the QEMU, firmware and kernels that `cargo xtask guest` provides |
 //! | [`instance`] | a machine's GPUs and their sockets |
+//! | [`kicks`] | doorbells that ring by events |
 //! | [`kvm`] | the same GPUs in a VMM of one's own: memory slots, memory exits, irqfd, ioeventfd |
 //! | [`control`] | driving a running instance from outside: status, faults on demand |
 //! | [`scenario`] | faults that come by themselves, from a file |
@@ -23,6 +24,7 @@ pub mod control;
 pub mod emulator;
 pub mod hbm;
 pub mod instance;
+pub mod kicks;
 pub mod kvm;
 pub mod qmp;
 pub mod run;

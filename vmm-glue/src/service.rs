@@ -1,4 +1,4 @@
-//! A service manager, such as systemd: sockets that it hands over (`sd_listen_fds(3)`), and telling it how far the
+//! What a service is given: descriptors, and a service manager, such as systemd: sockets that it hands over (`sd_listen_fds(3)`), and telling it how far the
 //! service is (`sd_notify(3)`).
 
 use std::io;
@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 
 /// Numbers and names of the sockets that a service manager hands to this process, in their order. Empty if it hands
@@ -17,6 +18,22 @@ use sd_notify::NotifyState;
 /// If `LISTEN_PID`, `LISTEN_FDS` or `LISTEN_FDNAMES` make no sense, or a descriptor is not open.
 pub fn sockets() -> io::Result<Vec<(RawFd, String)>> {
     Ok(sd_notify::listen_fds_with_names()?.collect())
+}
+
+/// Takes as many descriptors as the process may have: clients' files and events are many, and the usual 1024 are meant
+/// for programs that use `select(2)`.
+pub fn take_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let all = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, all) {
+        tracing::warn!(
+            "{:?} descriptors are all there will be: {error}",
+            limit.current
+        );
+    }
 }
 
 /// A way to the service manager, opened early: inside the sandbox no socket can be made.

@@ -1,17 +1,20 @@
 //! Clients of the servers that are compared, and what answers them.
 
 use std::fs::File;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
-use numagpu_devices::bus::{Attachment, Bar, FunctionLayout, PciFunction, ResetKind};
+use numagpu_devices::bus::{Attachment, Bar, DmaPort, FunctionLayout, PciFunction, ResetKind};
 use numagpu_vmm_glue::vfio_user::{Listener, Polling, Server};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 use tempfile::TempDir;
 use vfio_bindings::bindings::vfio::vfio_region_info;
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, ServerBackend, ServerRegion};
@@ -23,15 +26,31 @@ const REPLY: usize = 36;
 /// Posted writes in a burst; a read ends it.
 pub const BURST: u32 = 10_000;
 
-/// One register.
-struct Register(FunctionLayout, AtomicU32);
+/// One register, and the way to the memory of the client that it has.
+pub struct Register(FunctionLayout, AtomicU32, Mutex<Option<Attachment>>);
+
+impl Register {
+    /// The memory of the client that has connected.
+    pub fn memory(&self) -> Arc<dyn DmaPort> {
+        loop {
+            if let Some(attachment) = &*self.2.lock().unwrap() {
+                return Arc::clone(&attachment.dma);
+            }
+            std::thread::yield_now();
+        }
+    }
+}
 
 impl PciFunction for Register {
     fn layout(&self) -> &FunctionLayout {
         &self.0
     }
-    fn attach(&self, _: Attachment) {}
-    fn detach(&self) {}
+    fn attach(&self, attachment: Attachment) {
+        *self.2.lock().unwrap() = Some(attachment);
+    }
+    fn detach(&self) {
+        *self.2.lock().unwrap() = None;
+    }
     fn dma_changed(&self) {}
     fn config_read(&self, _: u32, _: &mut [u8]) {}
     fn config_write(&self, _: u32, _: &[u8]) {}
@@ -95,7 +114,7 @@ impl ServerBackend for Peer {
     }
 }
 
-fn message(command: u16, flags: u32, body: &[&[u8]]) -> Vec<u8> {
+pub fn message(command: u16, flags: u32, body: &[&[u8]]) -> Vec<u8> {
     let body = body.concat();
     let size = u32::try_from(16 + body.len()).unwrap();
     let mut bytes = vec![1, 0];
@@ -117,6 +136,11 @@ pub struct Served {
 impl Served {
     /// One of the project's.
     pub fn ours(polling: Polling) -> Served {
+        Served::with_function(polling).0
+    }
+
+    /// The same, and what it serves.
+    pub fn with_function(polling: Polling) -> (Served, Arc<Register>) {
         let dir = tempfile::tempdir().unwrap();
         let bar = Bar {
             index: 0,
@@ -130,14 +154,16 @@ impl Served {
             config_size: 256,
             msix_vectors: 1,
         };
-        let function = Arc::new(Register(layout, AtomicU32::new(0)));
+        let function = Arc::new(Register(layout, AtomicU32::new(0), Mutex::default()));
         let path = dir.path().join("gpu");
         let listener = Listener::bind(&path).unwrap();
-        Served {
+        let server = Server::start(listener, Arc::clone(&function) as _, polling).unwrap();
+        let served = Served {
             path,
-            _server: Some(Server::start(listener, function, polling).unwrap()),
+            _server: Some(server),
             _dir: dir,
-        }
+        };
+        (served, function)
     }
 
     /// One of the `vfio_user` crate. Its thread stays at the end, as it has no way to be stopped.
@@ -167,20 +193,35 @@ impl Served {
 
     /// A client that has negotiated the version.
     pub fn connect(&self) -> UnixStream {
-        connect(&self.path)
+        connect(&self.path, b"{\"capabilities\":{}}\0").0
+    }
+
+    /// The same, with a second socket for what the server asks for.
+    pub fn connect_twice(&self) -> (UnixStream, UnixStream) {
+        let json = b"{\"capabilities\":{\"max_msg_fds\":1,\"twin_socket\":{\"supported\":true}}}\0";
+        let (stream, twin) = connect(&self.path, json);
+        (stream, twin.unwrap())
     }
 }
 
-fn connect(path: &Path) -> UnixStream {
+fn connect(path: &Path, json: &[u8]) -> (UnixStream, Option<UnixStream>) {
     let mut stream = UnixStream::connect(path).unwrap();
-    let version = message(1, 0, &[&[0; 4], b"{\"capabilities\":{}}\0"]);
+    let version = message(1, 0, &[&[0; 4], json]);
     stream.write_all(&version).unwrap();
     let mut head = [0; 16];
-    stream.read_exact(&mut head).unwrap();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut parts = [IoSliceMut::new(&mut head)];
+    // Replies come whole.
+    recvmsg(&stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+    let twin = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
     let size = head.iter().skip(4).take(4).rev();
     let size = size.fold(0, |size, byte| size << 8 | usize::from(*byte));
     stream.read_exact(&mut vec![0; size - 16]).unwrap();
-    stream
+    (stream, twin.map(UnixStream::from))
 }
 
 /// A client and what answers it.
@@ -220,6 +261,30 @@ impl Line {
         Line::over(client)
     }
 
+    /// To a thread that takes the descriptor out of each message, closes it, and answers as a map or unmap is.
+    pub fn bare_maps() -> Line {
+        let (client, server) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut control = RecvAncillaryBuffer::new(&mut space);
+                let mut parts = [IoSliceMut::new(&mut buffer)];
+                let received =
+                    recvmsg(&server, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+                let files = control.drain().count();
+                let reply: &[u8] = match files {
+                    1 => &[0; 16],
+                    _ => &[0; 40],
+                };
+                if received.bytes == 0 || (&server).write_all(reply).is_err() {
+                    break;
+                }
+            }
+        });
+        Line::over(client)
+    }
+
     fn over(stream: UnixStream) -> Line {
         let place = [0; 12];
         let count = 4_u32.to_ne_bytes();
@@ -245,11 +310,11 @@ impl Line {
         self.round_trip();
     }
 
-    /// Asks for a page of `ram` to be mapped.
-    pub fn ask_map(&self, ram: BorrowedFd<'_>, address: u64) {
-        let [zero, address, size] = [0, address, 4096_u64].map(u64::to_ne_bytes);
+    /// Asks for the page at `offset` of `ram` to be mapped.
+    pub fn ask_map(&self, ram: BorrowedFd<'_>, offset: u64, address: u64) {
+        let [offset, address, size] = [offset, address, 4096_u64].map(u64::to_ne_bytes);
         let head = [32_u32, 3].map(u32::to_ne_bytes).concat();
-        let map = message(2, 0, &[&head, &zero, &address, &size]);
+        let map = message(2, 0, &[&head, &offset, &address, &size]);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         let fds = [ram];

@@ -9,6 +9,7 @@
     reason = "a benchmark that cannot be set up has nothing to report"
 )]
 
+mod asked;
 mod line;
 mod place;
 
@@ -105,27 +106,31 @@ fn interleaved(place: Place, mut floor: Run, mut runs: Vec<Run>) {
 
 fn ram() -> OwnedFd {
     let ram = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&ram, 4096).unwrap();
+    ftruncate(&ram, MAPS * 4096).unwrap();
     ram
 }
 
-/// Maps and unmaps of one page each, all of one file: ours and the crate's in turns.
+/// Maps and unmaps of one page each of one file, as of a guest with an IOMMU: ours and the crate's in turns, and the
+/// floor, a socket over which a descriptor goes with each request.
 fn maps(place: Place) {
     let ram = ram();
     let mut lines = place.serve(|| {
         [
+            ("floor", Line::bare_maps()),
             ("ours", Line::to(Served::ours(Polling::Off))),
             ("vfio_user crate", Line::to(Served::peer())),
         ]
     });
     let place = place.name;
-    let mut times = [const { [const { Vec::new() }; 3] }; 2];
+    let mut times = [const { [const { Vec::new() }; 3] }; 3];
     let page = |index: u64| 0x1_0000_0000 + index * 4096;
+    // Each page once, in no order.
+    let offset = |index: u64| index * 7 % MAPS * 4096;
     for _ in 0..11 {
         for ((_, line), [single, many, unmaps]) in lines.iter_mut().zip(&mut times) {
             single.push(nanos(|| {
                 (0..MAPS).for_each(|index| {
-                    line.ask_map(ram.as_fd(), page(index));
+                    line.ask_map(ram.as_fd(), offset(index), page(index));
                     line.mapped();
                 });
             }));
@@ -134,7 +139,7 @@ fn maps(place: Place) {
             }));
             many.push(nanos(|| {
                 (0..MAPS).for_each(|index| {
-                    line.ask_map(ram.as_fd(), page(index));
+                    line.ask_map(ram.as_fd(), offset(index), page(index));
                     if index >= IN_FLIGHT {
                         line.mapped();
                     }
@@ -144,14 +149,18 @@ fn maps(place: Place) {
             (0..MAPS).for_each(|index| line.unmap(page(index)));
         }
     }
-    for ((name, _), [single, many, unmaps]) in lines.iter().zip(&mut times) {
-        for (what, times) in [
-            ("maps, one at a time", single),
-            ("maps, 32 in flight", many),
-            ("unmaps, one at a time", unmaps),
-        ] {
-            let us = quantile(times, 500) / 1000;
-            println!("{place}, {MAPS} {what}, {name}: {us} us");
+    let [floor, own @ ..] = &mut times;
+    for ((name, _), own) in lines.iter().skip(1).zip(own) {
+        let kinds = [
+            "maps, one at a time",
+            "maps, 32 in flight",
+            "unmaps, one at a time",
+        ];
+        for ((what, own), floor) in kinds.iter().zip(own).zip(&mut *floor) {
+            let (own, floor) = (quantile(own, 500), quantile(floor, 500));
+            let times = ratio(own, floor);
+            let [us, least] = [own, floor].map(|it| it / 1000);
+            println!("{place}, {MAPS} {what}, {name}: {us} us, floor {least} us, {times}");
         }
     }
 }
@@ -224,6 +233,7 @@ fn compare(place: Place) {
     interleaved(place, Run::new("floor", Line::bare), runs);
     maps(place);
     connects(place);
+    asked::compare(place);
 }
 
 fn register_access(criterion: &mut Criterion) {
@@ -248,10 +258,13 @@ fn memory_maps(criterion: &mut Criterion) {
     let mut line = Line::to(Served::ours(Polling::Off));
     let ram = ram();
     let mut address = 0;
+    // As in a guest, one of many.
+    line.ask_map(ram.as_fd(), 0, address);
+    line.mapped();
     criterion.bench_function("dma_map_and_unmap/one_at_a_time", |it| {
         it.iter(|| {
             address += 4096;
-            line.ask_map(ram.as_fd(), address);
+            line.ask_map(ram.as_fd(), 4096, address);
             line.mapped();
             line.unmap(address);
         });

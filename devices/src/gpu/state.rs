@@ -194,7 +194,7 @@ impl Gpu {
         }
     }
 
-    fn shape(&self) -> Shape {
+    pub(super) fn shape(&self) -> Shape {
         let config = &self.config;
         let ids = &config.ids;
         let mut bars = [0; 6];
@@ -258,17 +258,22 @@ impl Gpu {
         Ok(())
     }
 
+    /// Checks whether this GPU is made as one was whose state is of that version.
+    pub(super) fn check_shape(&self, version: u32, shape: &Shape) -> Result<(), RestoreError> {
+        if version != VERSION {
+            return Err(RestoreError::Version {
+                have: version,
+                want: VERSION,
+            });
+        }
+        shape.check(&self.shape())
+    }
+
     /// Checks every value against this GPU, and changes nothing.
     fn check(&self, state: &GpuState) -> Result<Checked, RestoreError> {
         let bad = |what, index, value| RestoreError::Bad { what, index, value };
         let len = |what, have: usize, want: usize| same(what, 0, have as u64, want as u64);
-        if state.version != VERSION {
-            return Err(RestoreError::Version {
-                have: state.version,
-                want: VERSION,
-            });
-        }
-        state.shape.check(&self.shape())?;
+        self.check_shape(state.version, &state.shape)?;
         if state.clock_ns > LATEST {
             return Err(bad("clock", 0, state.clock_ns));
         }

@@ -1,4 +1,4 @@
-//! A host bridge for a VMM that has none: functions by ECAM, their BARs in windows of the address space.
+//! A host bridge for a VMM that has none: functions by ECAM and by I/O ports, their BARs in windows of the address space.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use super::doorbells::Doorbells;
 use super::endpoint::{Decoded, Endpoint};
+use super::ports::{ConfigAddress, Port};
 
 /// Bytes of configuration space of a bus in ECAM (PCIe Base 6.0 section 7.2.2).
 pub const ECAM_BUS: u64 = 1 << 20;
@@ -108,12 +109,13 @@ struct Bus {
     reached: Vec<(Decoded, Arc<Endpoint>)>,
 }
 
-/// A host bridge: dispatches a processor's memory accesses to functions.
+/// A host bridge: dispatches a processor's accesses to memory and to the ports of configuration space to functions.
 ///
 /// Accesses of many processors go on beside each other; only where one changes what is decoded the others wait. An
 /// access to a window that nobody answers reads as ones, and a write there is dropped.
 pub struct HostBridge {
     windows: Windows,
+    address: ConfigAddress,
     bus: RwLock<Bus>,
 }
 
@@ -150,6 +152,7 @@ impl HostBridge {
         }
         Ok(HostBridge {
             windows,
+            address: ConfigAddress::default(),
             bus: RwLock::default(),
         })
     }
@@ -203,6 +206,8 @@ impl HostBridge {
         match exit {
             VcpuExit::MmioRead(address, data) => self.read(*address, data),
             VcpuExit::MmioWrite(address, data) => self.write(*address, data),
+            VcpuExit::IoIn(port, data) => self.port_read(*port, data),
+            VcpuExit::IoOut(port, data) => self.port_write(*port, data),
             _ => false,
         }
     }
@@ -214,11 +219,7 @@ impl HostBridge {
         };
         data.fill(0xff);
         match target {
-            Target::Config(bdf, offset) => {
-                if let Some(endpoint) = self.endpoint(bdf) {
-                    endpoint.config_read(offset, data);
-                }
-            }
+            Target::Config(bdf, offset) => self.config_read(bdf, offset, data),
             Target::Bar(endpoint, bar, offset) => endpoint.bar_read(bar, offset, data),
             Target::Nobody => {}
         }
@@ -231,16 +232,57 @@ impl HostBridge {
             return false;
         };
         match target {
-            Target::Config(bdf, offset) => {
-                if let Some(endpoint) = self.endpoint(bdf) {
-                    endpoint.config_write(offset, data);
-                    self.changed(bdf, &endpoint);
-                }
-            }
+            Target::Config(bdf, offset) => self.config_write(bdf, offset, data),
             Target::Bar(endpoint, bar, offset) => endpoint.bar_write(bar, offset, data),
             Target::Nobody => {}
         }
         true
+    }
+
+    /// A read of an I/O port. False if it is none of [`CONFIG_ADDRESS`](super::CONFIG_ADDRESS) and
+    /// [`CONFIG_DATA`](super::CONFIG_DATA), or the guest did not enable the latter; `data` is untouched then.
+    pub fn port_read(&self, port: u16, data: &mut [u8]) -> bool {
+        let Some(port) = self.address.port(port, data.len()) else {
+            return false;
+        };
+        data.fill(0xff);
+        match port {
+            Port::Address => data.copy_from_slice(&self.address.get().to_le_bytes()),
+            Port::Config(bdf, offset) => self.config_read(bdf, offset, data),
+            Port::Nobody => {}
+        }
+        true
+    }
+
+    /// A write to an I/O port. False as for [`HostBridge::port_read`].
+    pub fn port_write(&self, port: u16, data: &[u8]) -> bool {
+        let Some(port) = self.address.port(port, data.len()) else {
+            return false;
+        };
+        match port {
+            Port::Address => {
+                if let Ok(value) = data.try_into() {
+                    self.address.set(u32::from_le_bytes(value));
+                }
+            }
+            Port::Config(bdf, offset) => self.config_write(bdf, offset, data),
+            Port::Nobody => {}
+        }
+        true
+    }
+
+    /// Reads configuration space; leaves `data` as it is if there is no function.
+    fn config_read(&self, bdf: Bdf, offset: u32, data: &mut [u8]) {
+        if let Some(endpoint) = self.endpoint(bdf) {
+            endpoint.config_read(offset, data);
+        }
+    }
+
+    fn config_write(&self, bdf: Bdf, offset: u32, data: &[u8]) {
+        if let Some(endpoint) = self.endpoint(bdf) {
+            endpoint.config_write(offset, data);
+            self.changed(bdf, &endpoint);
+        }
     }
 
     /// The function at a place.
@@ -334,7 +376,7 @@ mod tests {
     use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
     use super::*;
-    use crate::kvm::{GuestDma, Message, MessageLine, MsiError};
+    use crate::kvm::{CONFIG_ADDRESS, CONFIG_DATA, GuestDma, Message, MessageLine, MsiError};
 
     const ECAM: u64 = 0xe000_0000;
     const LOW: Range = Range {
@@ -380,7 +422,7 @@ mod tests {
     }
 
     fn endpoint(gpu: &Arc<Gpu>) -> Arc<Endpoint> {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         let dma = GuestDma::new(GuestMemoryAtomic::new(memory));
         let function: Arc<dyn PciFunction> = Arc::<Gpu>::clone(gpu);
         Arc::new(Endpoint::new(function, dma, || Ok(Deaf)).unwrap())
@@ -470,6 +512,75 @@ mod tests {
                 .to_string()
                 .starts_with("02:02.0: there are 2 bus(es)")
         );
+    }
+
+    #[test]
+    fn ports_and_ecam_show_the_same_configuration_space() {
+        let (bridge, _gpu) = bridge();
+        let place = |register: u32| 1 << 31 | 1 << 16 | 2 << 11 | register;
+        let select = |address: u32| {
+            assert!(bridge.port_write(CONFIG_ADDRESS, &address.to_le_bytes()));
+            let mut seen = [0; 4];
+            assert!(bridge.port_read(CONFIG_ADDRESS, &mut seen));
+            assert_eq!(u32::from_le_bytes(seen), address);
+        };
+        let data = || {
+            let mut data = [0; 4];
+            assert!(bridge.port_read(CONFIG_DATA, &mut data));
+            u32::from_le_bytes(data)
+        };
+        for register in (0..256).step_by(4) {
+            select(place(register));
+            let whole = bridge.config(register.into());
+            assert_eq!(data(), whole, "{register:#x}");
+            for (byte, wanted) in (0..).zip(whole.to_le_bytes()) {
+                let mut seen = [0];
+                assert!(bridge.port_read(CONFIG_DATA + byte, &mut seen));
+                assert_eq!(seen, [wanted], "{register:#x}+{byte}");
+            }
+            for (byte, wanted) in [(0, whole & 0xffff), (2, whole >> 16)] {
+                let mut seen = [0; 2];
+                assert!(bridge.port_read(CONFIG_DATA + byte, &mut seen));
+                assert_eq!(u32::from(u16::from_le_bytes(seen)), wanted);
+            }
+        }
+        // What is written there has the effects that it has by ECAM.
+        select(place(0x10));
+        assert!(bridge.port_write(CONFIG_DATA, &BAR_LOW.to_le_bytes()));
+        select(place(4));
+        assert!(bridge.port_write(CONFIG_DATA, &[2]));
+        assert_eq!(bridge.get(BAR), regs::MAGIC);
+        assert_eq!(bridge.config(4) & 0xffff, 2);
+        // Absent functions, on this bus, on another one, and on one that there is not.
+        for absent in [
+            1 << 31,
+            place(0) | 1 << 8,
+            1 << 31 | 2 << 11,
+            1 << 31 | 9 << 16,
+        ] {
+            select(absent);
+            assert!(bridge.port_write(CONFIG_DATA, &[0; 4]));
+            assert_eq!(data(), u32::MAX, "{absent:#x}");
+        }
+    }
+
+    #[test]
+    fn ports_of_the_vmm_are_left_to_it() {
+        let (bridge, _gpu) = bridge();
+        let mut untouched = [7; 4];
+        // The data without an address; bytes of the address, as the one that resets PCs; what is near.
+        for (port, len) in [(4, 4), (4, 1), (0, 1), (0, 2), (1, 1), (3, 1), (8, 4)] {
+            let data = &mut untouched[..len];
+            assert!(!bridge.port_read(CONFIG_ADDRESS + port, data));
+            assert!(!bridge.port_write(CONFIG_ADDRESS + port, data));
+        }
+        assert_eq!(untouched, [7; 4]);
+        let mut exit = VcpuExit::IoOut(CONFIG_ADDRESS, &[0, 0, 1, 0x80]);
+        assert!(bridge.answer(&mut exit));
+        let mut ids = [0; 2];
+        assert!(bridge.answer(&mut VcpuExit::IoIn(CONFIG_DATA, &mut ids)));
+        assert_eq!(ids, [0xff; 2]);
+        assert!(!bridge.answer(&mut VcpuExit::IoIn(0xcf9, &mut ids)));
     }
 
     #[test]

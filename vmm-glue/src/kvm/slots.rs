@@ -1,12 +1,14 @@
 //! Guest memory in memory slots of a virtual machine.
 
+use std::fmt::Debug;
 use std::sync::Arc;
 
 use kvm_ioctls::{Cap, VmFd};
 use thiserror::Error;
+use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::{Address as _, GuestAddress, GuestMemoryRegion as _, GuestRegionMmap};
 
-use crate::hbm::HbmBacking;
+use crate::hbm::{HbmBacking, HbmError};
 use crate::sys::memory_slot::MemorySlot;
 
 /// Bytes that addresses and sizes of slots are multiples of.
@@ -41,6 +43,9 @@ pub enum SlotError {
         /// Bytes.
         size: u64,
     },
+    /// The host does not map it a second time.
+    #[error(transparent)]
+    Map(#[from] HbmError),
     /// The host refused.
     #[error("memory slot {slot} at {base:#x}..+{size:#x}: {source}")]
     Host {
@@ -66,6 +71,20 @@ pub fn hbm_region(base: u64, hbm: &HbmBacking) -> Result<GuestRegionMmap, SlotEr
     GuestRegionMmap::with_arc(mapping, GuestAddress(base)).ok_or(SlotError::Wraps { base, size })
 }
 
+/// HBM as a region of guest memory with a bitmap of what is written to it ([`super::GuestDma`]), for a VMM that migrates. The
+/// region is a mapping of its own of the same memory, which stays until `hbm` is dropped too.
+///
+/// # Errors
+/// [`SlotError::Map`], and as [`hbm_region`].
+pub fn tracked_hbm_region<B>(base: u64, hbm: &HbmBacking) -> Result<GuestRegionMmap<B>, SlotError>
+where
+    B: NewBitmap + Debug + Send + Sync + 'static,
+{
+    let mapping = hbm.map_tracked()?;
+    let size = mapping.size() as u64;
+    GuestRegionMmap::with_arc(mapping, GuestAddress(base)).ok_or(SlotError::Wraps { base, size })
+}
+
 /// Slots that show regions of guest memory, which they keep mapped. Dropping it takes the memory from the guest.
 #[derive(Debug)]
 pub struct MemorySlots {
@@ -77,10 +96,10 @@ impl MemorySlots {
     ///
     /// # Errors
     /// [`SlotError`]; the guest then has none of them.
-    pub fn attach<'r>(
+    pub fn attach<'r, B: Bitmap + Send + Sync + 'static>(
         vm: &Arc<VmFd>,
         first: u32,
-        regions: impl IntoIterator<Item = &'r GuestRegionMmap>,
+        regions: impl IntoIterator<Item = &'r GuestRegionMmap<B>>,
     ) -> Result<MemorySlots, SlotError> {
         let regions: Vec<_> = regions.into_iter().collect();
         let have = usize::try_from(vm.check_extension_int(Cap::NrMemslots)).unwrap_or(0);
@@ -112,6 +131,22 @@ impl MemorySlots {
     /// Takes the memory from the guest. The guest's processors see no memory there any more when this returns.
     pub fn detach(self) {
         drop(self);
+    }
+
+    /// Whether KVM logs the pages that the guest's processors write, from now on: `VmFd::get_dirty_log` has them, by the
+    /// slots' numbers and sizes. What devices write is not in it ([`super::GuestDma`]).
+    ///
+    /// # Errors
+    /// [`SlotError::Host`]; the slots before that one are changed.
+    pub fn log_writes(&mut self, on: bool) -> Result<(), SlotError> {
+        self.slots.iter_mut().try_for_each(|slot| {
+            slot.log_writes(on).map_err(|source| SlotError::Host {
+                slot: slot.number(),
+                base: slot.base(),
+                size: slot.size(),
+                source,
+            })
+        })
     }
 
     /// The slots, in order of their numbers.

@@ -25,6 +25,7 @@ use std::sync::{Arc, OnceLock};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use vm_memory::MmapRegion;
+use vm_memory::bitmap::Bitmap;
 
 use table::{Entry, Table};
 
@@ -39,22 +40,34 @@ pub trait Owner: sealed::Owner {}
 impl<R: sealed::Owner> Owner for R {}
 
 mod sealed {
-    use super::{Arc, MmapRegion};
+    use super::{Arc, Bitmap, MmapRegion, Range};
 
     pub trait Owner {
-        /// The same region at each call, mapped as long as `self` exists.
-        fn region(&self) -> &MmapRegion;
+        /// The mapping's addresses: the same at each call, mapped as long as `self` exists.
+        fn range(&self) -> Range<usize>;
+
+        /// How it is mapped (`PROT_*`).
+        fn protection(&self) -> i32;
     }
 
-    impl Owner for MmapRegion {
-        fn region(&self) -> &MmapRegion {
-            self
+    impl<B: Bitmap> Owner for MmapRegion<B> {
+        fn range(&self) -> Range<usize> {
+            let start = self.as_ptr().addr();
+            start..start.saturating_add(self.size())
+        }
+
+        fn protection(&self) -> i32 {
+            self.prot()
         }
     }
 
-    impl Owner for Arc<MmapRegion> {
-        fn region(&self) -> &MmapRegion {
-            self
+    impl<R: Owner> Owner for Arc<R> {
+        fn range(&self) -> Range<usize> {
+            (**self).range()
+        }
+
+        fn protection(&self) -> i32 {
+            (**self).protection()
         }
     }
 }
@@ -71,10 +84,8 @@ impl<R: Owner> Guarded<R> {
     /// Guards a mapping, which is in no other `Guarded`.
     #[must_use]
     pub fn new(region: R) -> Guarded<R> {
-        let start = region.region().as_ptr().addr();
-        let range = start..start.saturating_add(region.region().size());
         let entry = match take_signal() {
-            Ok(_) => TABLE.enter(range, region.region().prot()),
+            Ok(_) => TABLE.enter(region.range(), region.protection()),
             Err(error) => {
                 tracing::warn!("SIGBUS cannot be handled: {error}; memory is not guarded");
                 None
@@ -285,7 +296,7 @@ mod tests {
     #[test]
     fn a_mapping_for_reading_alone_stays_so() {
         let cut = file(1);
-        let region = MmapRegion::build(
+        let region = MmapRegion::<()>::build(
             Some(FileOffset::new(cut.try_clone().unwrap(), 0)),
             PAGE,
             libc::PROT_READ,

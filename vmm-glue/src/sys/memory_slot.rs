@@ -1,20 +1,22 @@
 //! Memory slots of a KVM virtual machine that own the memory they show.
 #![allow(unsafe_code)]
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use vm_memory::MmapRegion;
+use vm_memory::bitmap::Bitmap;
 
 /// A memory slot (`KVM_SET_USER_MEMORY_REGION`). The guest has the memory until this is dropped.
 pub struct MemorySlot {
     vm: Arc<VmFd>,
-    number: u32,
-    base: u64,
-    /// None once it was given up.
-    memory: Option<Arc<MmapRegion>>,
+    /// As KVM has it now.
+    region: kvm_userspace_memory_region,
+    /// What keeps it mapped; none once it was given up.
+    memory: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl MemorySlot {
@@ -23,11 +25,11 @@ impl MemorySlot {
     /// # Errors
     /// The host's: `EINVAL` for an address that is no multiple of the page size or a number that is too high, `EEXIST`
     /// where another slot is in the way.
-    pub fn new(
+    pub fn new<B: Bitmap + Send + Sync + 'static>(
         vm: Arc<VmFd>,
         number: u32,
         base: u64,
-        memory: Arc<MmapRegion>,
+        memory: Arc<MmapRegion<B>>,
     ) -> Result<MemorySlot, kvm_ioctls::Error> {
         let read_only = memory.prot() & libc::PROT_WRITE == 0;
         let region = kvm_userspace_memory_region {
@@ -43,34 +45,49 @@ impl MemorySlot {
         unsafe { vm.set_user_memory_region(region) }?;
         Ok(MemorySlot {
             vm,
-            number,
-            base,
+            region,
             memory: Some(memory),
         })
+    }
+
+    /// Whether KVM logs the pages that the guest's processors write, from now on (`KVM_GET_DIRTY_LOG`).
+    ///
+    /// # Errors
+    /// The host's; it logs as before then.
+    pub fn log_writes(&mut self, on: bool) -> Result<(), kvm_ioctls::Error> {
+        let mut region = self.region;
+        region.flags &= !KVM_MEM_LOG_DIRTY_PAGES;
+        if on {
+            region.flags |= KVM_MEM_LOG_DIRTY_PAGES;
+        }
+        // SAFETY: number, address and memory are those of `new`, and the memory is in this value still.
+        unsafe { self.vm.set_user_memory_region(region) }?;
+        self.region = region;
+        Ok(())
     }
 
     /// Number of the slot.
     #[must_use]
     pub fn number(&self) -> u32 {
-        self.number
+        self.region.slot
     }
 
     /// First guest-physical address.
     #[must_use]
     pub fn base(&self) -> u64 {
-        self.base
+        self.region.guest_phys_addr
     }
 
     /// Bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.memory.as_ref().map_or(0, |it| it.size() as u64)
+        self.region.memory_size
     }
 }
 
 impl fmt::Debug for MemorySlot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (number, base, size) = (self.number, self.base, self.size());
+        let (number, base, size) = (self.number(), self.base(), self.size());
         write!(f, "slot {number}: {base:#x}..+{size:#x}")
     }
 }
@@ -78,15 +95,15 @@ impl fmt::Debug for MemorySlot {
 impl Drop for MemorySlot {
     fn drop(&mut self) {
         let gone = kvm_userspace_memory_region {
-            slot: self.number,
-            guest_phys_addr: self.base,
+            slot: self.number(),
+            guest_phys_addr: self.base(),
             ..kvm_userspace_memory_region::default()
         };
         // SAFETY: a size of 0 removes the slot; no memory is named.
         let removed = unsafe { self.vm.set_user_memory_region(gone) };
         if let Err(error) = removed {
             // The guest may still have it: then it stays mapped for good.
-            tracing::error!(%error, slot = self.number, "memory slot not removed, its memory is kept");
+            tracing::error!(%error, slot = self.number(), "memory slot not removed, its memory is kept");
             std::mem::forget(self.memory.take());
         }
     }

@@ -10,7 +10,6 @@ use super::dma::dirty::{self, DirtyError};
 use super::dma::{DmaTable, MapError};
 use super::features::{self, Ask};
 use super::irq::IrqTable;
-use super::kicks::Kicks;
 use super::migration::{self, Migration};
 use super::refusal::Refusal;
 use super::regions::{self, Regions};
@@ -21,6 +20,7 @@ use super::wire::{
     UnmapBitmap, command,
 };
 use super::{Limits, MAX_FDS, MAX_TRANSFER, io_fds};
+use crate::kicks::Kicks;
 
 /// `VFIO_DEVICE_FLAGS_RESET | VFIO_DEVICE_FLAGS_PCI`.
 const DEVICE_FLAGS: u32 = 0b11;
@@ -165,9 +165,9 @@ impl Device {
                 self.read_state(argsz, size, reply)
             }
             Request::MigrationWrite(data) => {
-                self.function.migrate().ok_or(unsupported(header))?;
+                let migrate = self.function.migrate().ok_or(unsupported(header))?;
                 self.check_piece(data.len() as u64)?;
-                Ok(self.migration.write(data)?)
+                Ok(self.migration.write(migrate, data)?)
             }
             Request::GetRegionIoFds { .. } => {
                 self.start_kicks();
@@ -237,7 +237,7 @@ impl Device {
     /// A client asks for events: from now on there are some. Without, it sends its writes.
     fn start_kicks(&mut self) {
         if self.kicks.is_none() {
-            match Kicks::start(&self.function) {
+            match Kicks::start(&self.function, "vfio-kicks") {
                 Ok(kicks) => self.kicks = kicks,
                 Err(error) => tracing::warn!("kicks have no events: {error}"),
             }

@@ -4,8 +4,10 @@
 //! returns only when no access can use the memory any more.
 
 pub mod dirty;
+mod files;
 mod map;
 mod maps;
+pub mod room;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -120,11 +122,10 @@ impl DmaTable {
                 Ok(Backing::Client(Remote::default()))
             }),
             Some(fd) => {
-                let (key, file) = map::open(request, fd)?;
-                let id = key.0;
+                let opened = files::open(request, fd)?;
+                let id = opened.id();
                 self.insert(request, last, Some(id), |maps| {
-                    let file = maps.share(key, file);
-                    Ok(Backing::File(id, map::memory(request, file)?))
+                    Ok(Backing::File(id, maps.files.view(request, opened)?))
                 })
             }
         }
@@ -138,13 +139,12 @@ impl DmaTable {
         let last = map::check(request)?;
         let own = DmaMap { offset, ..*request };
         map::check(&own)?;
-        let (key, file) = map::open(&own, file)?;
+        let opened = files::open(&own, file)?;
         self.insert(request, last, None, |maps| {
-            let file = maps.share(key, file);
             Ok(Backing::Own {
-                file: key.0,
+                file: opened.id(),
                 offset,
-                memory: map::memory(&own, file)?,
+                memory: maps.files.view(&own, opened)?,
             })
         })
     }

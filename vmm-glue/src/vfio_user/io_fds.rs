@@ -5,8 +5,8 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 use numagpu_devices::bus::{IoFd, PciFunction};
 
 use super::MAX_FDS;
-use super::kicks::Kicks;
 use super::wire::{Files, Reply};
+use crate::kicks::Kicks;
 
 /// Bytes of the reply's fixed part, and of each sub-region.
 const HEAD: u32 = 16;

@@ -20,7 +20,7 @@
 //! - `io_fds`, `kicks`: event descriptors that a client's kernel signals in place of writes.
 //! - [`irq`]: the client's event descriptors, as the function's `InterruptSink`.
 //!
-//! Not here: masks of interrupts, `PRE_COPY`, ioregionfds.
+//! Not here: masks of interrupts; ioregionfds, which no kernel has.
 //!
 //! "The specification" in this module is QEMU's `docs/interop/vfio-user.rst`, protocol 0.0.
 
@@ -33,7 +33,6 @@ mod features;
 pub mod framing;
 mod io_fds;
 pub mod irq;
-mod kicks;
 pub mod listener;
 pub mod migration;
 pub mod polling;

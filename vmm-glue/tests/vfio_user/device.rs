@@ -34,6 +34,10 @@ pub struct State {
     pub attachment: Option<Attachment>,
     /// Whether a reset panics.
     pub broken: bool,
+    /// Does not give its state.
+    pub unsaved: bool,
+    /// What it says that it is.
+    pub outline: &'static [u8],
     /// What the serving thread does at each write to BAR 0.
     pub on_write: Option<OnWrite>,
 }
@@ -119,6 +123,8 @@ fn probe() -> Probe {
             events: Vec::new(),
             attachment: None,
             broken: false,
+            unsaved: false,
+            outline: b"a probe",
             on_write: None,
         }),
         migrates: false,
@@ -221,7 +227,22 @@ impl Migrate for Probe {
     }
 
     fn save(&self) -> Result<Vec<u8>, MigrateError> {
-        Ok([KNOWN, self.state().bar0.as_slice()].concat())
+        let state = self.state();
+        match state.unsaved {
+            true => Err(MigrateError::Bad("it has none".to_owned())),
+            false => Ok([KNOWN, state.bar0.as_slice()].concat()),
+        }
+    }
+
+    fn outline(&self) -> Result<Vec<u8>, MigrateError> {
+        Ok(self.state().outline.to_vec())
+    }
+
+    fn fits(&self, outline: &[u8]) -> Result<(), MigrateError> {
+        match outline == self.state().outline {
+            true => Ok(()),
+            false => Err(MigrateError::Bad(format!("not {outline:?}"))),
+        }
     }
 
     fn load(&self, state: &[u8]) -> Result<(), MigrateError> {

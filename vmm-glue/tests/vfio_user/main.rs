@@ -31,6 +31,8 @@ mod peer;
 #[cfg(test)]
 mod raw;
 #[cfg(test)]
+mod room;
+#[cfg(test)]
 mod truncated;
 #[cfg(test)]
 mod twin;

@@ -75,12 +75,12 @@ fn write_state(raw: &mut Raw, data: &[u8]) -> u32 {
 }
 
 #[test]
-fn stop_and_copy_is_all_that_is_offered() {
+fn stop_and_copy_and_pre_copy_are_offered() {
     let served = migrating();
     let mut raw = Raw::ready(&served.path());
     let body = feature_body(16, GET | MIGRATION, &[]);
     let answer = raw.ask(FEATURE, &body, &[]);
-    let want = [words(&[16, GET | MIGRATION]), longs(&[1])].concat();
+    let want = [words(&[16, GET | MIGRATION]), longs(&[5])].concat();
     assert_eq!((answer.errno, answer.body), (0, want));
     for (room, flags) in [
         (15, GET | MIGRATION),
@@ -106,29 +106,127 @@ fn stop_and_copy_is_all_that_is_offered() {
     assert_eq!(state(&mut raw), RUNNING);
 }
 
-/// "Direct State Transitions" and "Complex State Transitions": from each state to each, by way of STOP.
+/// "Direct State Transitions" and "Complex State Transitions": from each state to each but one, by the shortest way
+/// that saves nothing in between.
 #[test]
 fn every_state_is_reached_from_every_other() {
     let served = migrating();
     let mut raw = Raw::ready(&served.path());
-    let states = [STOP, RUNNING, STOP_COPY, RESUMING];
+    let states = [STOP, RUNNING, STOP_COPY, RESUMING, PRE_COPY];
     for from in states {
         for to in states {
-            assert_eq!(go(&mut raw, from), 0);
+            assert_eq!((go(&mut raw, RUNNING), go(&mut raw, from)), (0, 0));
             served.probe.state().events.clear();
-            assert_eq!((go(&mut raw, to), state(&mut raw)), (0, to));
-            let events = served.probe.state().events.clone();
-            let want: &[_] = match (from == RUNNING, to == RUNNING) {
-                (true, false) => &["stop"],
-                (false, true) => &["run"],
-                _ => &[],
+            let works = [from, to].map(|state| [RUNNING, PRE_COPY].contains(&state));
+            let (errno, then, want): (_, _, &[_]) = match works {
+                [false, true] if (from, to) == (STOP_COPY, PRE_COPY) => (EINVAL, from, &[]),
+                [true, false] => (0, to, &["stop"]),
+                [false, true] => (0, to, &["run"]),
+                _ => (0, to, &[]),
             };
+            assert_eq!((go(&mut raw, to), state(&mut raw)), (errno, then));
+            let events = served.probe.state().events.clone();
             assert_eq!(events, want, "{from} to {to}");
         }
-        for nowhere in [ERROR_STATE, 5, PRE_COPY, 7, 8, 0xabcd, u32::MAX] {
-            assert_eq!(go(&mut raw, from), 0);
+        for nowhere in [ERROR_STATE, 5, 7, 8, 0xabcd, u32::MAX] {
+            assert_eq!((go(&mut raw, RUNNING), go(&mut raw, from)), (0, 0));
             assert_eq!((go(&mut raw, nowhere), state(&mut raw)), (EINVAL, from));
         }
+    }
+}
+
+/// What is read in `PRE_COPY` of a device that says so of itself.
+fn outline(bytes: &[u8]) -> Vec<u8> {
+    let len = bytes.len() as u64;
+    [b"NUMAGPU\0", &len.to_le_bytes()[..], bytes].concat()
+}
+
+/// "Continue to transfer migration data, but stop device operation": it is one stream, wherever it was left.
+#[test]
+fn what_a_device_is_comes_before_its_state_if_it_is_asked_while_it_works() {
+    let served = migrating();
+    let mut raw = Raw::ready(&served.path());
+    assert_eq!(go(&mut raw, STOP_COPY), 0);
+    let saved = read_all(&mut raw, 1 << 20);
+    let said = outline(b"a probe");
+    for read in [0, 5, 16, u32::try_from(said.len()).unwrap(), 100] {
+        assert_eq!((go(&mut raw, RUNNING), go(&mut raw, PRE_COPY)), (0, 0));
+        let part = raw.ask(MIG_READ, &words(&[8 + read, read]), &[]);
+        let mut all = part.body[8..].to_vec();
+        assert_eq!(all.len(), said.len().min(read as usize));
+        // Accesses work meanwhile.
+        let body = region_body(0, 0, 4, &[1, 2, 3, 4]);
+        assert_eq!(raw.errno(WRITE, &body, &[]), 0);
+        assert_eq!(go(&mut raw, STOP_COPY), 0);
+        all.extend(read_all(&mut raw, 99_991));
+        let (first, state) = all.split_at(said.len());
+        assert!(first == said && state.len() == saved.len());
+        assert_eq!(state[8..12], [1, 2, 3, 4]);
+    }
+    // A state that cannot be had leaves the device at work, and the stream where it was.
+    assert_eq!((go(&mut raw, RUNNING), go(&mut raw, PRE_COPY)), (0, 0));
+    served.probe.state().unsaved = true;
+    served.probe.state().events.clear();
+    assert_eq!(
+        (go(&mut raw, STOP_COPY), state(&mut raw)),
+        (EINVAL, PRE_COPY)
+    );
+    assert_eq!(served.probe.state().events, ["stop", "run"]);
+    assert_eq!(read_all(&mut raw, 100), said);
+    // A device that has nothing to say says nothing.
+    served.probe.state().outline = b"";
+    assert_eq!((go(&mut raw, RUNNING), go(&mut raw, PRE_COPY)), (0, 0));
+    assert!(read_all(&mut raw, 100).is_empty());
+}
+
+#[test]
+fn a_target_that_does_not_fit_says_so_before_it_has_the_state() {
+    let (source, target) = (migrating(), migrating());
+    let (mut from, mut to) = (Raw::ready(&source.path()), Raw::ready(&target.path()));
+    source.probe.state().bar0[..4].copy_from_slice(&[1, 2, 3, 4]);
+    assert_eq!(go(&mut from, PRE_COPY), 0);
+    let said = read_all(&mut from, 1 << 20);
+    assert_eq!(go(&mut from, STOP_COPY), 0);
+    let state_of_source = read_all(&mut from, 1 << 20);
+    let stream = [said.clone(), state_of_source.clone()].concat();
+
+    let spoilt = |change: fn(&mut Vec<u8>)| {
+        let mut spoilt = said.clone();
+        change(&mut spoilt);
+        spoilt
+    };
+    for (bad, errno) in [
+        (spoilt(|it| it[20] ^= 1), EINVAL),
+        // Longer than any is.
+        (spoilt(|it| it[11] = 1), E2BIG),
+        (spoilt(|it| it[15] = 0xff), E2BIG),
+    ] {
+        assert_eq!(go(&mut to, RESUMING), 0);
+        let (first, last) = bad.split_at(bad.len() - 1);
+        let done = [write_state(&mut to, first), write_state(&mut to, last)];
+        assert!(done == [errno, 0] || done == [0, errno], "{done:?}");
+        // Who goes on all the same does not get through.
+        assert_eq!(write_state(&mut to, &state_of_source[..100]), 0);
+        assert_eq!((go(&mut to, RUNNING), state(&mut to)), (EINVAL, RESUMING));
+        assert_eq!(go(&mut to, RUNNING), 0, "without data");
+        assert_eq!(target.probe.state().bar0[..4], [0; 4]);
+    }
+    // Nor who has no more than that, or less.
+    for part in [&said[..], &said[..20], &said[..3]] {
+        assert_eq!(go(&mut to, RESUMING), 0);
+        assert_eq!(write_state(&mut to, part), 0);
+        assert_eq!((go(&mut to, RUNNING), go(&mut to, RUNNING)), (EINVAL, 0));
+    }
+    // However it is cut.
+    for size in [1, 7, 16, 17, said.len(), stream.len()] {
+        target.probe.state().bar0.fill(0);
+        assert_eq!(go(&mut to, RESUMING), 0);
+        let (first, rest) = stream.split_at(40);
+        for piece in first.chunks(size).chain(rest.chunks(1 << 20)) {
+            assert_eq!(write_state(&mut to, piece), 0);
+        }
+        assert_eq!(go(&mut to, RUNNING), 0);
+        assert_eq!(target.probe.state().bar0[..4], [1, 2, 3, 4]);
     }
 }
 
@@ -162,9 +260,10 @@ fn data_goes_only_where_its_state_allows_and_as_much_as_it_says() {
     let served = migrating();
     let mut raw = Raw::ready(&served.path());
     let read = words(&[16, 8]);
-    for state in [STOP, RUNNING, STOP_COPY, RESUMING] {
+    for state in [STOP, RUNNING, PRE_COPY, STOP_COPY, RESUMING] {
         assert_eq!(go(&mut raw, state), 0);
-        let want = if state == STOP_COPY { 0 } else { EINVAL };
+        let saves = [PRE_COPY, STOP_COPY].contains(&state);
+        let want = if saves { 0 } else { EINVAL };
         assert_eq!(raw.errno(MIG_READ, &read, &[]), want, "{state}");
         let want = if state == RESUMING { 0 } else { EINVAL };
         assert_eq!(write_state(&mut raw, &[1]), want, "{state}");
@@ -243,7 +342,7 @@ fn data_that_is_no_state_is_refused_and_the_device_stays_as_it_is() {
 #[test]
 fn a_reset_and_a_disconnect_end_a_migration() {
     let served = migrating();
-    for state_then in [STOP, STOP_COPY, RESUMING] {
+    for state_then in [STOP, STOP_COPY, RESUMING, PRE_COPY] {
         served.probe.wait_detached();
         served.probe.state().events.clear();
         let mut raw = Raw::ready(&served.path());
@@ -256,9 +355,12 @@ fn a_reset_and_a_disconnect_end_a_migration() {
         let mut next = Raw::ready(&served.path());
         assert_eq!(state(&mut next), RUNNING);
         let events = served.probe.state().events.clone();
-        let want = [
-            "attach", "stop", "reset", "run", "stop", "detach", "run", "attach",
-        ];
+        let want: &[_] = match state_then {
+            PRE_COPY => &["attach", "reset", "detach", "attach"],
+            _ => &[
+                "attach", "stop", "reset", "run", "stop", "detach", "run", "attach",
+            ],
+        };
         assert_eq!(events, want);
     }
 }
@@ -280,6 +382,9 @@ fn a_function_without_a_state_to_carry_says_so() {
 fn a_gpus_work_goes_on_in_another_one() {
     let (source, target) = (aperture::serve(8 * MIB), aperture::serve(8 * MIB));
     let mut driver = Driver::new(&source);
+    // It works on while it says what it is.
+    assert_eq!(go(&mut driver.raw, PRE_COPY), 0);
+    let said = read_all(&mut driver.raw, 4096);
     driver.copy(BASE, BASE + PART, 64);
     assert_eq!(go(&mut driver.raw, STOP), 0);
     let data: Vec<u8> = (1..=250).cycle().take(0x2000).collect();
@@ -311,6 +416,15 @@ fn a_gpus_work_goes_on_in_another_one() {
         assert_eq!(write_state(&mut raw, &bad), 0);
         assert_eq!(go(&mut raw, STOP), EINVAL);
     }
+    let text = String::from_utf8(said[16..].to_vec()).unwrap();
+    let other = outline(text.replace(r#""queues":"#, r#""queues":7"#).as_bytes());
+    assert_ne!(other, said);
+    for bad in [other, outline(b"{}"), outline(&text.as_bytes()[1..])] {
+        assert_eq!(write_state(&mut raw, &bad), EINVAL);
+        assert_eq!((go(&mut raw, STOP), go(&mut raw, RESUMING)), (EINVAL, 0));
+        assert_eq!((go(&mut raw, STOP), go(&mut raw, RESUMING)), (0, 0));
+    }
+    assert_eq!(write_state(&mut raw, &said), 0);
     assert_eq!(write_state(&mut raw, &state_of_source), 0);
     assert_eq!(go(&mut raw, STOP), 0);
     let mut went_on = Driver {

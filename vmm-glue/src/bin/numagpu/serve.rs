@@ -12,7 +12,7 @@ use numagpu_vmm_glue::control::SOCKET;
 use numagpu_vmm_glue::instance::{Instance, Prepared, Serving};
 use numagpu_vmm_glue::run_dir::RunDir;
 use numagpu_vmm_glue::sandbox::{self, Leavings, Mode};
-use numagpu_vmm_glue::service::Manager;
+use numagpu_vmm_glue::service::{self, Manager};
 use numagpu_vmm_glue::vfio_user::{self, Listener};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -58,6 +58,7 @@ pub fn serve(args: &ServeArgs) -> Result<ExitCode, Failure> {
     }
     // Before the first thread, so that no signal is missed.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("listen for signals")?;
+    service::take_descriptors();
     let manager = Manager::connect().context("the service manager's NOTIFY_SOCKET")?;
     // `numagpu status` finds the control socket here without being told where.
     let mut run = match (RunDir::create(), &args.socket_dir) {

@@ -29,6 +29,7 @@ impl Step {
         match self {
             Step::Start => "long mode and local APIC",
             Step::Find => "find by ECAM",
+            Step::FindByPorts => "find by ports",
             Step::SizeBars => "size and place BARs",
             Step::Decode => "decode as the command register says",
             Step::Msix => "MSI-X",
@@ -100,6 +101,13 @@ impl Known<'_> {
                 expect("its ids", *ids, wanted)?;
                 expect("its device number", *device, vm::GPU.device.into())?;
                 said = vm::GPU.to_string();
+            }
+            (Step::FindByPorts, [ids, device_id, before, after]) => {
+                let wanted = u32::from(pci::VENDOR_ID) | u32::from(pci::DEVICE_ID) << 16;
+                expect("its ids", *ids, wanted)?;
+                expect("its device id", *device_id, pci::DEVICE_ID.into())?;
+                let absent = (*before, *after);
+                expect("the ids beside it", absent, (u32::MAX, u32::MAX))?;
             }
             (Step::SizeBars, [registers, msix, doorbells, high]) => {
                 let bits =

@@ -22,6 +22,7 @@ use super::protocol::{
     Place, RING_SIZE, SCRATCH, Step, TOKEN, TOO_LONG, VECTOR_TOO_LONG, VECTORS, ram,
 };
 use super::writer::{Writer, Written, at};
+use crate::kvm::CONFIG_DATA;
 
 const MSR_APIC_BASE: u32 = 0x1b;
 const MSR_X2APIC_ID: u32 = 0x802;
@@ -37,6 +38,8 @@ const GATE: u32 = 0x8e00;
 const COMMAND: i32 = 0x04;
 const BAR0: i32 = 0x10;
 const CAPABILITIES: i32 = 0x34;
+/// From a device to the next one in what goes to [`CONFIG_ADDRESS`](crate::kvm::CONFIG_ADDRESS).
+const NEXT_DEVICE: i32 = 1 << 11;
 const MSIX_CAPABILITY: u32 = 0x11;
 /// Memory space and bus master.
 const COMMAND_ON: u32 = 0b110;
@@ -58,6 +61,7 @@ pub(super) fn assemble(place: &Place) -> Result<Vec<u8>, IcedError> {
 
     start(&mut w, [set_gate, exception, too_long, events, traps])?;
     find(&mut w, place)?;
+    find_by_ports(&mut w)?;
     bars(&mut w, place)?;
     msix(&mut w, place)?;
     boot(&mut w)?;
@@ -168,6 +172,34 @@ fn find(w: &mut Writer, place: &Place) -> Written {
     w.tell()?;
     w.a.mov(eax, ecx)?;
     w.tell()?;
+    w.done()
+}
+
+/// What ECAM showed at device number `ecx`, by the ports of configuration space: tells of its ids, of its device id alone,
+/// and of what the numbers before and behind it have. The ids have to be those of ECAM.
+fn find_by_ports(w: &mut Writer) -> Written {
+    w.begin(Step::FindByPorts)?;
+    w.a.mov(ebx, ecx)?;
+    w.a.shl(ebx, 11)?;
+    w.a.or(ebx, 1 << 31)?;
+    w.select(0)?;
+    w.a.mov(edx, u32::from(CONFIG_DATA))?;
+    w.a.in_(eax, dx)?;
+    w.a.cmp(eax, dword_ptr(r14))?;
+    w.a.jne(w.failed)?;
+    w.tell()?;
+    w.a.mov(edx, u32::from(CONFIG_DATA + 2))?;
+    w.a.xor(eax, eax)?;
+    w.a.in_(ax, dx)?;
+    w.a.cmp(ax, word_ptr(r14 + 2))?;
+    w.a.jne(w.failed)?;
+    w.tell()?;
+    for beside in [-NEXT_DEVICE, NEXT_DEVICE] {
+        w.select(beside)?;
+        w.a.mov(edx, u32::from(CONFIG_DATA))?;
+        w.a.in_(eax, dx)?;
+        w.tell()?;
+    }
     w.done()
 }
 

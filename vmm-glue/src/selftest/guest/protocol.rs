@@ -83,6 +83,7 @@ pub(super) struct Place {
 pub(super) enum Step {
     Start = 1,
     Find,
+    FindByPorts,
     SizeBars,
     Decode,
     Msix,
@@ -101,9 +102,10 @@ pub(super) enum Step {
 }
 
 impl Step {
-    pub(super) const ALL: [Step; 17] = [
+    pub(super) const ALL: [Step; 18] = [
         Step::Start,
         Step::Find,
+        Step::FindByPorts,
         Step::SizeBars,
         Step::Decode,
         Step::Msix,

@@ -207,7 +207,7 @@ impl Machine {
             };
             let answered = self.bridge.answer(&mut exit);
             let event = match exit {
-                VcpuExit::IoOut(port, data) => {
+                VcpuExit::IoOut(port, data) if !answered => {
                     let mut value = [0; 4];
                     for (to, from) in value.iter_mut().zip(data) {
                         *to = *from;

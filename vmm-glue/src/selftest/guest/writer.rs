@@ -5,6 +5,7 @@ use iced_x86::code_asm::*;
 use numagpu_devices::spec::table::Reg;
 
 use super::protocol::{LEN, PORT_STEP, PORT_VALUE, Step, TARGET, ram};
+use crate::kvm::CONFIG_ADDRESS;
 
 const MSR_X2APIC_EOI: u32 = 0x80b;
 /// Most reads of a register that is to change.
@@ -53,6 +54,18 @@ impl Writer {
     /// Fails unless `eax` is `wanted`.
     pub(super) fn must_be(&mut self, wanted: u32) -> Written {
         self.a.cmp(eax, wanted)?;
+        self.a.jne(self.failed)
+    }
+
+    /// Selects configuration space of the function `further` behind that of `ebx`, and fails if the register does not keep
+    /// it; spoils `eax`, `edx`, `edi`.
+    pub(super) fn select(&mut self, further: i32) -> Written {
+        self.a.lea(eax, ptr(rbx + further))?;
+        self.a.mov(edx, u32::from(CONFIG_ADDRESS))?;
+        self.a.out(dx, eax)?;
+        self.a.mov(edi, eax)?;
+        self.a.in_(eax, dx)?;
+        self.a.cmp(eax, edi)?;
         self.a.jne(self.failed)
     }
 

@@ -1,21 +1,19 @@
 //! A map: what a client may ask for, and where its memory is.
 
-use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use numagpu_devices::bus::{BackingId, DmaAccess, DmaError, Mapped};
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
 use rustix::io::Errno;
 use thiserror::Error;
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::VolatileSlice;
 
+use super::super::PAGE_SIZES;
 use super::super::client::{Client, Remote};
 use super::super::wire::DmaMap;
+use super::files::View;
+use super::room::Full;
 use super::{READABLE, WRITABLE};
-use crate::sys::guarded::Guarded;
 
 /// How long nothing is said of lost maps after something was: a client can lose as many as it likes.
 const QUIET: Duration = Duration::from_secs(1);
@@ -39,6 +37,9 @@ pub enum MapError {
         /// Offset in the file.
         offset: u64,
     },
+    /// At a file offset that is inside a page.
+    #[error("file offset {0:#x} is not a multiple of {PAGE_SIZES:#x}")]
+    Offset(u64),
     /// Flags that are not known, or that allow no access.
     #[error("flags {0:#x}; 1 is readable, 2 is writable, 3 both")]
     Flags(u32),
@@ -88,6 +89,9 @@ pub enum MapError {
         /// Bytes.
         size: u64,
     },
+    /// More than a client may map, or all of them.
+    #[error(transparent)]
+    Full(#[from] Full),
     /// The host refused.
     #[error("mapping {size:#x} bytes from file offset {offset:#x}: {errno}")]
     Host {
@@ -108,13 +112,14 @@ impl MapError {
             Self::Overlap { .. } => Errno::EXIST,
             Self::TooMany(_) => Errno::NOSPC,
             Self::NotMapped { .. } => Errno::NOENT,
+            Self::Full(_) => Errno::NOMEM,
             Self::Host { errno, .. } => *errno,
             _ => Errno::INVAL,
         }
     }
 }
 
-/// One map. Its memory is unmapped when the last user drops it.
+/// One map. Its file's memory is unmapped when the last user of the last map that shows it drops that.
 #[derive(Debug)]
 pub(super) struct Map {
     pub(super) address: u64,
@@ -128,14 +133,14 @@ pub(super) struct Map {
 #[derive(Debug)]
 pub(super) enum Backing {
     /// In a file of the client's.
-    File(BackingId, Guarded<MmapRegion>),
+    File(BackingId, View),
     /// In a BAR of the function itself, which the client maps into its guest and shows back.
     Own {
         /// The BAR's file.
         file: BackingId,
         /// Where the map begins in it.
         offset: u64,
-        memory: Guarded<MmapRegion>,
+        memory: View,
     },
     /// With the client, who has to be asked for it.
     Client(Remote),
@@ -217,7 +222,7 @@ impl Map {
             return Err(unmapped);
         }
         match &self.backing {
-            Backing::File(_, region) | Backing::Own { memory: region, .. } if region.is_lost() => {
+            Backing::File(_, view) | Backing::Own { memory: view, .. } if view.is_lost() => {
                 Err(unmapped)
             }
             Backing::File(..) | Backing::Own { .. } => Ok(()),
@@ -230,14 +235,13 @@ impl Map {
 
     /// `len` bytes from `address`, both inside the map; none if the client has to be asked for them.
     pub(super) fn slice(&self, address: u64, len: u64) -> Option<VolatileSlice<'_>> {
-        let region = match &self.backing {
-            Backing::File(_, region) => region,
-            Backing::Own { memory, .. } => memory,
+        let view = match &self.backing {
+            Backing::File(_, view) | Backing::Own { memory: view, .. } => view,
             Backing::Client(_) => return None,
         };
         let offset = usize::try_from(address.checked_sub(self.address)?).ok()?;
         let len = usize::try_from(len).ok()?;
-        region.owner().get_slice(offset, len).ok()
+        view.slice(offset, len)
     }
 
     /// Calls `f` with [`Map::slice`].
@@ -256,8 +260,8 @@ impl Map {
     /// no such page any more.
     pub(super) fn kept(&self, address: u64) -> Result<(), DmaError> {
         match &self.backing {
-            Backing::File(_, region) | Backing::Own { memory: region, .. } if region.is_lost() => {
-                if region.is_news() {
+            Backing::File(_, view) | Backing::Own { memory: view, .. } if view.is_lost() => {
+                if view.is_news() {
                     self.tell_lost();
                 }
                 Err(DmaError::Failed { address })
@@ -280,9 +284,6 @@ impl Map {
         }
     }
 }
-
-/// One file may back many maps: its descriptor is kept once per way it was opened.
-pub(super) type FileKey = (BackingId, OFlags);
 
 /// Checks the numbers of a map; its last address.
 pub(super) fn check(request: &DmaMap) -> Result<u64, MapError> {
@@ -308,61 +309,4 @@ pub(super) fn check(request: &DmaMap) -> Result<u64, MapError> {
             offset,
         }),
     }
-}
-
-/// Checks that a map can never reach past the end of `fd`'s file as it is now.
-pub(super) fn open(request: &DmaMap, fd: OwnedFd) -> Result<(FileKey, File), MapError> {
-    let host = |errno| MapError::Host {
-        offset: request.offset,
-        size: request.size,
-        errno,
-    };
-    let stat = fstat(fd.as_fd()).map_err(host)?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err(MapError::NotAFile);
-    }
-    let len = u64::try_from(stat.st_size).unwrap_or(0);
-    if request.offset + request.size > len {
-        return Err(MapError::ShortFile {
-            len,
-            offset: request.offset,
-            size: request.size,
-        });
-    }
-    let mode = fcntl_getfl(fd.as_fd()).map_err(host)? & OFlags::RWMODE;
-    let id = BackingId {
-        device: stat.st_dev,
-        inode: stat.st_ino,
-    };
-    Ok(((id, mode), File::from(fd)))
-}
-
-/// Maps a range of a file that was checked to be long enough. The client may still cut it short.
-pub(super) fn memory(request: &DmaMap, file: Arc<File>) -> Result<Guarded<MmapRegion>, MapError> {
-    let host = |errno| MapError::Host {
-        offset: request.offset,
-        size: request.size,
-        errno,
-    };
-    // Huge pages are mapped, unmapped and replaced only whole. Nothing is accessed behind `request.size`.
-    let page = u64::try_from(fstat(&*file).map_err(host)?.st_blksize).unwrap_or(1);
-    let size = request.size.checked_next_multiple_of(page.max(1));
-    let size = size.and_then(|size| usize::try_from(size).ok());
-    let size = size.ok_or(host(Errno::NOMEM))?;
-    let prot = match request.flags & WRITABLE {
-        0 => libc::PROT_READ,
-        _ => libc::PROT_READ | libc::PROT_WRITE,
-    };
-    MmapRegionBuilder::new(size)
-        .with_mmap_prot(prot)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-        .with_file_offset(FileOffset::from_arc(file, request.offset))
-        .build()
-        .map(Guarded::new)
-        .map_err(|error| match error {
-            vm_memory::mmap::MmapRegionError::Mmap(error) => {
-                host(Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))
-            }
-            _ => host(Errno::INVAL),
-        })
 }

@@ -1,13 +1,13 @@
 //! The maps of a connection, to be found by address and by what they show.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use numagpu_devices::bus::{BackingId, Mapped};
 
 use super::dirty::Span;
-use super::map::{FileKey, Map};
+use super::files::Files;
+use super::map::Map;
 
 /// Maps that may show a partition together; with more it counts as mapped in part.
 const MAX_PIECES: usize = 4096;
@@ -15,9 +15,9 @@ const MAX_PIECES: usize = 4096;
 #[derive(Debug, Default)]
 pub(super) struct Maps {
     pub(super) disconnected: bool,
+    pub(super) files: Files,
     by_address: BTreeMap<u64, Arc<Map>>,
     by_file: HashMap<BackingId, Shown>,
-    files: HashMap<FileKey, Weak<File>>,
 }
 
 /// The parts of one file that maps show.
@@ -136,26 +136,13 @@ impl Maps {
             (from <= to).then(|| Some((place(from)?, place(to)?)))?
         })
     }
-
-    /// The descriptor kept for this file; `file` itself if there is none yet.
-    pub(super) fn share(&mut self, key: FileKey, file: File) -> Arc<File> {
-        if let Some(kept) = self.files.get(&key).and_then(Weak::upgrade) {
-            return kept;
-        }
-        self.files.retain(|_, file| file.strong_count() > 0);
-        let file = Arc::new(file);
-        self.files.insert(key, Arc::downgrade(&file));
-        file
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::MmapRegion;
-
+    use super::super::files::View;
     use super::super::map::Backing;
     use super::*;
-    use crate::sys::guarded::Guarded;
 
     const PAGE: u64 = 4096;
 
@@ -167,7 +154,7 @@ mod tests {
             size,
             flags: 3,
             offset,
-            backing: Backing::File(id, Guarded::new(MmapRegion::new(1).unwrap())),
+            backing: Backing::File(id, View::nowhere()),
         }
     }
 
