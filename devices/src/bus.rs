@@ -203,10 +203,28 @@ pub trait DmaPort: Send + Sync {
     fn wrote(&self, _file: BackingId, _offset: u64, _len: u64) {}
 }
 
+/// Interrupts besides MSI-X, with the index that VFIO gives them (`linux/vfio.h`, `VFIO_PCI_INTX_IRQ_INDEX` and the next).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OtherInterrupt {
+    /// The pin.
+    Intx = 0,
+    /// MSI.
+    Msi = 1,
+    /// An uncorrectable error was met.
+    Error = 3,
+    /// The device is wanted back.
+    Request = 4,
+}
+
 /// Where a function's MSI-X messages go.
 pub trait InterruptSink: Send + Sync {
     /// Sends the message of `vector`. False if nobody listens to that vector now.
     fn trigger(&self, vector: u16) -> bool;
+
+    /// Sends an interrupt of another kind. False if nobody listens to it now, or the transport has none.
+    fn trigger_other(&self, _kind: OtherInterrupt, _vector: u16) -> bool {
+        false
+    }
 }
 
 /// What a transport hands to a function when a VMM connects.
@@ -253,6 +271,10 @@ pub trait PciFunction: Send + Sync {
     /// Parts of a BAR whose writes may come as events. The same for the function's life.
     fn io_fds(&self, _bar: u8) -> Vec<IoFd<'_>> {
         Vec::new()
+    }
+    /// How many interrupts it has besides MSI-X, of each kind at most once. The same for the function's life.
+    fn other_interrupts(&self) -> &[(OtherInterrupt, u16)] {
+        &[]
     }
     /// The way to carry the function's state elsewhere; none if it cannot be.
     fn migrate(&self) -> Option<&dyn Migrate> {

@@ -5,11 +5,11 @@
 //!
 //! The function keeps what is written to it and does nothing by itself. Lines on standard input make it work, and each
 //! is answered with one line: `read ADDRESS LENGTH` and `write ADDRESS HEX` access the client's memory, `copy FROM TO
-//! LENGTH` copies there, `irq VECTOR` sends an interrupt. Memory that the client mapped without a descriptor is asked for, over
+//! LENGTH` copies there, `irq VECTOR` sends an MSI-X interrupt, `irq INDEX VECTOR` one of any index. Memory that the client mapped without a descriptor is asked for, over
 //! a second socket if the client wants one (`twin_socket`).
 
 use std::io::{BufRead as _, Write as _};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,9 +18,11 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
 use numagpu_devices::bus::{
     Area, Attachment, Bar, DmaAccess, FunctionLayout, HbmStore as _, IoFd, Migrate, MigrateError,
-    PciFunction, ResetKind,
+    OtherInterrupt, PciFunction, ResetKind,
 };
 use numagpu_vmm_glue::hbm::HbmBacking;
+use numagpu_vmm_glue::sys::inherited;
+use numagpu_vmm_glue::vfio_user::migration::MAX_STATE;
 use numagpu_vmm_glue::vfio_user::{Limits, Listener, MAX_DMA_MAPS, MAX_TRANSFER, Server};
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::VolatileSlice;
@@ -31,14 +33,20 @@ const KNOWN: &[u8; 16] = b"scratch function";
 /// Longest access that a line may ask for.
 const MAX_ACCESS: usize = 16 << 20;
 
+/// Most bytes of BARs whose contents are carried: with configuration space it is a state that a server takes.
+const MAX_MIGRATED: u64 = MAX_STATE as u64 - (1 << 20);
+
 /// Serves a function made of memory on a vfio-user socket.
 #[derive(Debug, Parser)]
 pub struct Arguments {
     /// Where the socket is made.
-    #[arg(long, value_name = "PATH")]
-    socket_path: PathBuf,
-    /// A BAR: its number, its bytes, and `:map` if a client may map it.
-    #[arg(long = "region", value_name = "BAR:BYTES[:map]", value_parser = region)]
+    #[arg(long, value_name = "PATH", required_unless_present = "fd")]
+    socket_path: Option<PathBuf>,
+    /// A socket that was handed over: one that listens, or that is connected to the only client.
+    #[arg(long, value_name = "FDNUM", conflicts_with = "socket_path")]
+    fd: Option<RawFd>,
+    /// A BAR: its number, its bytes, and `:map` if a client may map it, whole or these parts.
+    #[arg(long = "region", value_name = "BAR:BYTES[:map[=OFFSET+BYTES,...]]", value_parser = region)]
     regions: Vec<Region>,
     /// Bytes of configuration space.
     #[arg(long, default_value = "4096", value_name = "BYTES", value_parser = ["256", "4096"])]
@@ -46,6 +54,9 @@ pub struct Arguments {
     /// MSI-X vectors.
     #[arg(long, default_value_t = 1, value_name = "COUNT")]
     vectors: u16,
+    /// Other interrupts: 0 is INTx, 1 MSI, 3 ERR, 4 REQ.
+    #[arg(long = "irq", value_name = "INDEX:COUNT", value_parser = other_interrupt)]
+    others: Vec<(OtherInterrupt, u16)>,
     /// Parts of BAR 0, of 8 bytes each from its start, whose writes may come as events.
     #[arg(long, default_value_t = 0, value_name = "COUNT")]
     events: u16,
@@ -55,17 +66,17 @@ pub struct Arguments {
     /// Most DMA maps at a time.
     #[arg(long, default_value_t = MAX_DMA_MAPS, value_name = "COUNT")]
     max_dma_maps: usize,
-    /// Offers migration.
+    /// Offers migration, of a function whose state is not too large.
     #[arg(long)]
     migration: bool,
 }
 
 /// A BAR as the command line has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Region {
     bar: u8,
     size: u64,
-    map: bool,
+    mappable: Vec<Area>,
 }
 
 /// A number, in hexadecimal after `0x`.
@@ -78,21 +89,57 @@ fn number(text: &str) -> anyhow::Result<u64> {
 }
 
 fn region(text: &str) -> anyhow::Result<Region> {
-    let mut parts = text.split(':');
+    let mut parts = text.splitn(3, ':');
     let bar = number(parts.next().unwrap_or_default())?;
     let size = number(parts.next().context("no size")?)?;
-    let map = match (parts.next(), parts.next()) {
-        (None, _) => false,
-        (Some("map"), None) => true,
-        _ => bail!("only `:map` may follow the size"),
+    let mappable = match parts.next() {
+        None => Vec::new(),
+        Some("map") => vec![Area { offset: 0, size }],
+        Some(map) => {
+            let areas = map.strip_prefix("map=").context("no `map`")?;
+            areas.split(',').map(area).collect::<Result<_, _>>()?
+        }
     };
     ensure!(bar < 6, "BAR {bar}; there are 0 to 5");
     ensure!((1..=1 << 40).contains(&size), "a BAR of {size} bytes");
-    ensure!(!map || size % 4096 == 0, "what is mapped has whole pages");
+    let mut end = 0;
+    for Area { offset, size: len } in &mappable {
+        ensure!((offset | len) % 4096 == 0, "what is mapped has whole pages");
+        let inside = *offset >= end && *len > 0 && *len <= size && *offset <= size - len;
+        ensure!(inside, "parts are one behind the other in the BAR");
+        end = offset + len;
+    }
     Ok(Region {
         bar: u8::try_from(bar)?,
         size,
-        map,
+        mappable,
+    })
+}
+
+fn area(text: &str) -> anyhow::Result<Area> {
+    let (offset, size) = text.split_once('+').context("no `+`")?;
+    Ok(Area {
+        offset: number(offset)?,
+        size: number(size)?,
+    })
+}
+
+fn other_interrupt(text: &str) -> anyhow::Result<(OtherInterrupt, u16)> {
+    let (index, count) = text.split_once(':').context("no count")?;
+    let kind = kind(number(index)?)?;
+    let count = u16::try_from(number(count)?)?;
+    let most = if kind == OtherInterrupt::Msi { 32 } else { 1 };
+    ensure!(count <= most, "{count} of {kind:?}; at most {most}");
+    Ok((kind, count))
+}
+
+fn kind(index: u64) -> anyhow::Result<OtherInterrupt> {
+    Ok(match index {
+        0 => OtherInterrupt::Intx,
+        1 => OtherInterrupt::Msi,
+        3 => OtherInterrupt::Error,
+        4 => OtherInterrupt::Request,
+        _ => bail!("index {index} is none of INTx 0, MSI 1, ERR 3, REQ 4"),
     })
 }
 
@@ -103,6 +150,7 @@ pub struct Scratch {
     config: Mutex<Vec<u8>>,
     attachment: Mutex<Option<Attachment>>,
     events: Vec<OwnedFd>,
+    others: Vec<(OtherInterrupt, u16)>,
     migration: bool,
 }
 
@@ -120,21 +168,30 @@ impl Scratch {
         };
         let mut regions = arguments.regions.clone();
         regions.sort_by_key(|region| region.bar);
-        for Region { bar, size, map } in regions {
+        for Region {
+            bar,
+            size,
+            mappable,
+        } in regions
+        {
             let place = bars.get_mut(usize::from(bar)).context("no such BAR")?;
             ensure!(place.is_none(), "BAR {bar} is there twice");
             // Files have whole pages.
             let bytes = size.next_multiple_of(4096);
             *place = Some(HbmBacking::memfd(&format!("bar{bar}"), bytes)?);
-            let whole = Area { offset: 0, size };
             layout.bars.push(Bar {
                 index: bar,
                 size,
                 is_64bit: false,
                 prefetchable: true,
-                mappable: if map { vec![whole] } else { Vec::new() },
+                mappable,
             });
         }
+        let state: u64 = layout.bars.iter().map(|bar| bar.size).sum();
+        ensure!(
+            !arguments.migration || state <= MAX_MIGRATED,
+            "BARs of {state} bytes; at most {MAX_MIGRATED} are carried"
+        );
         let events = (0..arguments.events).map(|_| eventfd(0, EventfdFlags::CLOEXEC));
         Ok(Scratch {
             config: Mutex::new(vec![0; usize::try_from(layout.config_size)?]),
@@ -142,6 +199,7 @@ impl Scratch {
             bars,
             attachment: Mutex::new(None),
             events: events.collect::<Result<_, _>>()?,
+            others: arguments.others.clone(),
             migration: arguments.migration,
         })
     }
@@ -209,6 +267,14 @@ impl Scratch {
                 let heard = irq.trigger(u16::try_from(number(vector)?)?);
                 Ok(if heard { "ok" } else { "nobody listens" }.to_owned())
             }
+            ["irq", index, vector] => {
+                let vector = u16::try_from(number(vector)?)?;
+                let heard = match number(index)? {
+                    2 => irq.trigger(vector),
+                    index => irq.trigger_other(kind(index)?, vector),
+                };
+                Ok(if heard { "ok" } else { "nobody listens" }.to_owned())
+            }
             _ => bail!("`{line}` is none of read, write, copy, irq"),
         }
     }
@@ -270,6 +336,10 @@ impl PciFunction for Scratch {
                 event: event.as_fd(),
             })
             .collect()
+    }
+
+    fn other_interrupts(&self) -> &[(OtherInterrupt, u16)] {
+        &self.others
     }
 
     fn migrate(&self) -> Option<&dyn Migrate> {
@@ -347,12 +417,18 @@ fn bad(bytes: usize) -> MigrateError {
 
 /// Starts what the command line describes.
 pub fn start(arguments: &Arguments) -> anyhow::Result<(Server, Arc<Scratch>)> {
+    // Before anything of our own is open.
+    let handed = arguments.fd.map(inherited::take).transpose()?;
     let scratch = Arc::new(Scratch::new(arguments)?);
     let limits = Limits {
         max_transfer: arguments.max_transfer,
         max_dma_maps: arguments.max_dma_maps,
     };
-    let listener = Listener::bind(&arguments.socket_path)?;
+    let listener = match (handed, &arguments.socket_path) {
+        (Some(socket), _) => Listener::handed(socket)?,
+        (None, Some(path)) => Listener::bind(path)?,
+        (None, None) => bail!("no socket"),
+    };
     let server = Server::start(listener, Arc::clone(&scratch) as _, limits)?;
     Ok((server, scratch))
 }

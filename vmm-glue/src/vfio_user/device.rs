@@ -9,7 +9,7 @@ use super::client::Client;
 use super::dma::dirty::{self, DirtyError};
 use super::dma::{DmaTable, MapError};
 use super::features::{self, Ask};
-use super::irq::{self, IrqTable};
+use super::irq::IrqTable;
 use super::migration::{self, Migration};
 use super::refusal::Refusal;
 use super::regions::{self, Regions};
@@ -47,6 +47,8 @@ pub struct Device {
     limits: Limits,
     /// Most file descriptors that the client takes with one message.
     max_fds: usize,
+    /// Most data bytes that the client takes at a time.
+    max_taken: u64,
     /// Whether `VERSION` was negotiated, from which on the function is attached.
     attached: bool,
 }
@@ -56,19 +58,21 @@ impl Device {
     #[must_use]
     pub fn new(function: Arc<dyn PciFunction>, client: Arc<Client>, limits: Limits) -> Self {
         let vectors = function.layout().msix_vectors;
+        let irq = IrqTable::new(vectors, function.other_interrupts());
         let limits = limits.bounded();
         let dma = DmaTable::with_client(Arc::clone(&client), limits.max_dma_maps);
         Self {
             regions: Regions::new(&*function),
             function,
             dma: Arc::new(dma),
-            irq: Arc::new(IrqTable::new(vectors)),
+            irq: Arc::new(irq),
             client,
             twin: None,
             migration: Migration::default(),
             kicks: None,
             limits,
             max_fds: 1,
+            max_taken: 0,
             attached: false,
         }
     }
@@ -92,6 +96,10 @@ impl Device {
         }
         match request {
             Request::Version { major, minor, data } => {
+                if !fds.is_empty() {
+                    let got = fds.len();
+                    return Err(Refusal::Fds { got, max: 0 });
+                }
                 self.version((major, minor), data, header.no_reply(), reply)
             }
             Request::RegionRead(access) => {
@@ -158,7 +166,7 @@ impl Device {
             }
             Request::MigrationWrite(data) => {
                 let migrate = self.function.migrate().ok_or(unsupported(header))?;
-                self.check_transfer(data.len() as u64)?;
+                self.check_piece(data.len() as u64)?;
                 Ok(self.migration.write(migrate, data)?)
             }
             Request::GetRegionIoFds { .. } => {
@@ -174,10 +182,11 @@ impl Device {
         match request {
             Request::GetInfo => {
                 reply.u32(16).u32(DEVICE_FLAGS);
-                reply.u32(regions::COUNT).u32(irq::COUNT);
+                reply.u32(regions::COUNT).u32(self.irq.indices());
             }
             Request::GetRegionInfo { argsz, index } => {
-                self.regions.describe(index, argsz, reply)?;
+                let takes_fds = self.max_fds > 0;
+                self.regions.describe(index, argsz, takes_fds, reply)?;
             }
             Request::GetRegionIoFds { argsz, index } => {
                 if self.regions.size(index)? == 0 {
@@ -255,6 +264,7 @@ impl Device {
             reply.with(Files::Twin);
         }
         self.client.limit(agreed.max_transfer);
+        self.max_taken = agreed.max_transfer;
         self.max_fds = agreed.max_fds.min(MAX_FDS);
         self.function.attach(Attachment {
             dma: Arc::clone(&self.dma) as _,
@@ -369,15 +379,13 @@ impl Device {
             Ask::SetState(state) => {
                 let migrate = migrate.ok_or(Refusal::Feature { index: flags })?;
                 self.migration.set(migrate, state)?;
-                reply.u32(argsz).u32(flags);
-                reply.bytes(data.get(..8).unwrap_or_default());
+                reply.u32(argsz).u32(flags).bytes(data);
             }
             Ask::Start { page_size, ranges } => {
                 let spans: Vec<_> = features::ranges(ranges).collect();
                 let page = self.dma.start_log(page_size, &spans)?;
                 reply.u32(argsz).u32(flags).u64(page);
-                let rest = 16 + ranges.len();
-                reply.bytes(data.get(8..rest).unwrap_or_default());
+                reply.bytes(data.get(8..).unwrap_or_default());
             }
             Ask::Stop => {
                 self.dma.dirty().stop();
@@ -410,7 +418,7 @@ impl Device {
     }
 
     fn read_state(&mut self, argsz: u32, size: u32, reply: &mut Reply) -> Result<(), Refusal> {
-        self.check_transfer(size.into())?;
+        self.check_piece(size.into())?;
         let want = DATA_HEAD + size;
         if argsz < want {
             return Err(Refusal::Argsz {
@@ -426,11 +434,13 @@ impl Device {
     }
 
     fn check_transfer(&self, count: u64) -> Result<(), Refusal> {
-        let max = self.limits.max_transfer;
-        match count > max as u64 {
-            true => Err(Refusal::Transfer { count, max }),
-            false => Ok(()),
-        }
+        at_most(count, self.limits.max_transfer)
+    }
+
+    /// A piece of a migration's state, which both sides have to take.
+    fn check_piece(&self, count: u64) -> Result<(), Refusal> {
+        let theirs = usize::try_from(self.max_taken).unwrap_or(usize::MAX);
+        at_most(count, self.limits.max_transfer.min(theirs))
     }
 
     /// The function was reset or detached, and so runs.
@@ -459,6 +469,13 @@ fn open_twin(client: &Arc<Client>) -> Option<Twin> {
     Twin::open(client)
         .inspect_err(|error| tracing::warn!("no second socket for a vfio-user client: {error}"))
         .ok()
+}
+
+fn at_most(count: u64, max: usize) -> Result<(), Refusal> {
+    match count > max as u64 {
+        true => Err(Refusal::Transfer { count, max }),
+        false => Ok(()),
+    }
 }
 
 fn unsupported(header: &Header) -> Refusal {

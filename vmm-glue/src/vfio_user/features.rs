@@ -90,10 +90,8 @@ pub fn decode(argsz: u32, flags: u32, data: &[u8], can_migrate: bool) -> Result<
     if data.len() > MAX_DATA {
         return Err(size);
     }
-    if probed {
-        return Ok(Ask::Probe);
-    }
     let ask = match (index, asked) {
+        _ if probed => Some(Ask::Probe),
         (MIGRATION, _) => Some(Ask::Migration),
         (DEVICE_STATE, GET) => Some(Ask::GetState),
         // The number behind the state is of no use here.
@@ -133,13 +131,11 @@ fn report(data: &[u8]) -> Option<Ask<'_>> {
 }
 
 impl Ask<'_> {
-    /// Bytes of the reply's body, but for a report's bitmap.
+    /// Bytes of the reply's body, but for a report's bitmap. That to a probe or a set is the request's.
     fn reply_bytes(&self, data: &[u8]) -> u32 {
         let data = match self {
-            Self::Probe => 0,
-            Self::Migration | Self::GetState | Self::SetState(_) => 8,
-            Self::Start { ranges, .. } => 16 + ranges.len(),
-            Self::Stop => data.len(),
+            Self::Probe | Self::SetState(_) | Self::Start { .. } | Self::Stop => data.len(),
+            Self::Migration | Self::GetState => 8,
             Self::Report { .. } => 24,
         };
         HEAD + u32::try_from(data).unwrap_or(u32::MAX - HEAD)

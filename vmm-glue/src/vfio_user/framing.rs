@@ -2,7 +2,8 @@
 //!
 //! A stream receive glues messages without file descriptors together and ends after the first piece that carries
 //! some, so descriptors belong to the message that holds the last byte received with them (unix(7), `SCM_RIGHTS`).
-//! Each descriptor therefore keeps the position of that byte until its message is complete.
+//! Each descriptor therefore keeps the position of that byte until its message is complete. A client may also send more
+//! messages at once, of which one is meant: then it is the last that takes descriptors.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -11,9 +12,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 
+use super::irq::DATA_EVENTFD;
 use super::polling::Poller;
 use super::refusal::Refusal;
-use super::wire::{HEADER_SIZE, Header, Kind};
+use super::wire::{HEADER_SIZE, Header, Kind, command, u32_at};
 use super::{MAX_FDS, MAX_MESSAGE};
 
 /// Bytes asked for in one receive. A socket's default buffer holds a few hundred small messages, which fit.
@@ -25,8 +27,15 @@ const CONTROL_FDS: usize = 2 * MAX_FDS;
 /// Descriptors kept for messages that are not complete yet.
 const MAX_WAITING: usize = 2 * CONTROL_FDS;
 
-/// A descriptor, or the trace of one that was lost, and the buffer position of the last byte that came with it.
-type Waiting = (usize, Option<OwnedFd>);
+/// A descriptor, or the trace of one that was lost.
+#[derive(Debug)]
+struct Waiting {
+    /// Buffer position of the first byte of the receive that it came with.
+    first: usize,
+    /// Of the last one.
+    last: usize,
+    fd: Option<OwnedFd>,
+}
 
 /// The part of the stream that was received and not handed out. Never grows.
 #[derive(Debug)]
@@ -96,17 +105,19 @@ impl Framing {
             }
         };
         poller.end();
+        let first = self.end;
         self.end += received.bytes;
         let last = self.end.saturating_sub(1);
+        let waiting = |fd| Waiting { first, last, fd };
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(fds) = message {
                 for fd in fds {
-                    keep(&mut self.fds, last, Some(fd));
+                    keep(&mut self.fds, waiting(Some(fd)));
                 }
             }
         }
         if received.flags.contains(ReturnFlags::CTRUNC) {
-            keep(&mut self.fds, last, None);
+            keep(&mut self.fds, waiting(None));
         }
         Ok(received.bytes)
     }
@@ -134,23 +145,43 @@ impl Framing {
         let Some(body) = waiting.get(HEADER_SIZE..size) else {
             return Ok(None);
         };
-        self.start += size;
         let mut fds_lost = false;
-        if !self.fds.is_empty() {
-            let mine = self.fds.iter().take_while(|(at, _)| *at < self.start);
+        if let Some(waits) = self.fds.first() {
+            let (begin, end) = (self.start, self.start + size);
+            let of_this = waits.first <= begin
+                && waits.last >= end
+                && takes_fds(waiting)
+                && !self.one_takes_fds(end, waits.last);
+            let last = if of_this { waits.last } else { end - 1 };
+            let mine = self.fds.iter().take_while(|waits| waits.last <= last);
             let mine = mine.count();
-            for (_, fd) in self.fds.drain(..mine) {
+            for Waiting { fd, .. } in self.fds.drain(..mine) {
                 match fd {
                     Some(fd) => fds.push(fd),
                     None => fds_lost = true,
                 }
             }
         }
+        self.start += size;
         Ok(Some(Message {
             header,
             body,
             fds_lost,
         }))
+    }
+
+    /// Whether a message that begins between these positions takes descriptors, or may.
+    fn one_takes_fds(&self, mut at: usize, last: usize) -> bool {
+        while at <= last {
+            let rest = self.buffer.get(at..self.end).unwrap_or_default();
+            match Header::decode(rest) {
+                Some(header) if header.size as usize >= HEADER_SIZE && !takes_fds(rest) => {
+                    at = at.saturating_add(header.size as usize);
+                }
+                _ => return true,
+            }
+        }
+        false
     }
 
     /// Whether the next message is a reply; none if its header is not here yet.
@@ -165,19 +196,37 @@ impl Framing {
             return;
         }
         self.buffer.copy_within(self.start..self.end, 0);
-        for (at, _) in &mut self.fds {
-            *at = at.saturating_sub(self.start);
+        for Waiting { first, last, .. } in &mut self.fds {
+            *first = first.saturating_sub(self.start);
+            *last = last.saturating_sub(self.start);
         }
         self.end -= self.start;
         self.start = 0;
     }
 }
 
+/// Whether the message at the start of `bytes` may come with descriptors, as far as it can be seen.
+fn takes_fds(bytes: &[u8]) -> bool {
+    let Some(header) = Header::decode(bytes) else {
+        return true;
+    };
+    let flags = || u32_at(bytes, HEADER_SIZE + 4);
+    header.kind() == Kind::Command
+        && match header.command {
+            command::DMA_MAP => true,
+            command::SET_IRQS => flags().is_none_or(|flags| flags & DATA_EVENTFD != 0),
+            _ => false,
+        }
+}
+
 /// Keeps a descriptor, or in its place the trace of a lost one where there are too many already.
-fn keep(fds: &mut Vec<Waiting>, at: usize, fd: Option<OwnedFd>) {
+fn keep(fds: &mut Vec<Waiting>, waiting: Waiting) {
     if fds.len() < MAX_WAITING - 1 {
-        fds.push((at, fd));
-    } else if let Some(last) = fds.last_mut() {
-        *last = (at, None);
+        fds.push(waiting);
+    } else if let Some(most) = fds.last_mut() {
+        *most = Waiting {
+            fd: None,
+            ..waiting
+        };
     }
 }

@@ -40,14 +40,14 @@ pub enum Refusal {
         /// Bytes there should be, at least.
         want: usize,
     },
-    /// `argsz` leaves no room for the reply.
-    #[error("command {command} with argsz {argsz}; the reply has {want} bytes")]
+    /// `argsz` leaves no room for the reply, or for the request where the reply has no body.
+    #[error("command {command} with argsz {argsz}; at least {want} bytes are needed")]
     Argsz {
         /// Command number.
         command: u16,
         /// What the client has room for.
         argsz: u32,
-        /// What the reply takes.
+        /// What it takes.
         want: u32,
     },
     /// Something else than `VERSION` came first.
@@ -64,7 +64,7 @@ pub enum Refusal {
         /// Minor version proposed.
         minor: u16,
     },
-    /// Version data that is too long, not terminated or not the JSON it should be.
+    /// Version data that is not terminated or not the JSON it should be.
     #[error("version data of {len} bytes: {why}")]
     VersionData {
         /// Bytes of version data.
@@ -172,7 +172,7 @@ impl Refusal {
     #[must_use]
     pub fn errno(&self) -> Errno {
         match self {
-            Self::Unsupported(_) | Self::SecondSocket(_) => Errno::NOTSUP,
+            Self::SecondSocket(_) => Errno::NOTSUP,
             // Linux's answer (`vfio_ioctl_device_feature`).
             Self::Feature { .. } => Errno::NOTTY,
             Self::Map(error) => error.errno(),

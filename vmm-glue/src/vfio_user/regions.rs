@@ -100,12 +100,20 @@ impl Regions {
     }
 
     /// Puts the body of a reply to `DEVICE_GET_REGION_INFO` for a client that has room for `argsz` bytes. Where the
-    /// capability does not fit, the body ends before it and `argsz` in it says how much room is needed.
+    /// capability does not fit, the body does not speak of it, but for its `argsz`, which says how much room is needed.
+    /// A client that takes no descriptors (`takes_fds`) can map nothing.
     ///
     /// # Errors
     /// [`Refusal::Region`] if the index is not below [`COUNT`].
-    pub fn describe(&self, index: u32, argsz: u32, reply: &mut Reply) -> Result<(), Refusal> {
+    pub fn describe(
+        &self,
+        index: u32,
+        argsz: u32,
+        takes_fds: bool,
+        reply: &mut Reply,
+    ) -> Result<(), Refusal> {
         let Region { size, mappable, .. } = self.region(index)?;
+        let mappable: &[Area] = if takes_fds { mappable } else { &[] };
         let whole = Area {
             offset: 0,
             size: *size,
@@ -118,16 +126,18 @@ impl Regions {
             flags |= MMAP;
             reply.with(Files::Bar(bar));
         }
-        let areas: &[Area] = if *mappable == [whole] { &[] } else { mappable };
+        let areas = if *mappable == [whole] { &[] } else { mappable };
         if !areas.is_empty() {
-            flags |= CAPS;
             need += SPARSE_SIZE + AREA_SIZE * u32::try_from(areas.len()).unwrap_or(0);
-            // Set with too little room too: QEMU takes the flag with offset 0 for an error, and asks again only after.
+        }
+        let fits = argsz >= need && !areas.is_empty();
+        if fits {
+            flags |= CAPS;
             cap_offset = INFO_SIZE;
         }
         reply.u32(need).u32(flags).u32(index).u32(cap_offset);
         reply.u64(*size).u64(0);
-        if argsz >= need && !areas.is_empty() {
+        if fits {
             let (id, version) = SPARSE_MMAP;
             reply.u16(id).u16(version).u32(0);
             reply.u32(u32::try_from(areas.len()).unwrap_or(0)).u32(0);

@@ -136,10 +136,8 @@ impl Session {
                 if let Err(refusal) = &done {
                     tracing::debug!(command = header.command, id = header.id, "{refusal}");
                 }
-                if header.no_reply() {
-                    continue;
-                }
                 match done {
+                    Ok(()) if header.no_reply() => {}
                     Ok(()) => {
                         let which = reply.files();
                         let files = self.device.files(which);
@@ -150,8 +148,13 @@ impl Session {
                         }
                     }
                     Err(refusal) => {
-                        let reply = reply.refuse(&header, refusal.errno());
-                        self.client.reply(reply, &[])?;
+                        if !header.no_reply() {
+                            let reply = reply.refuse(&header, refusal.errno());
+                            self.client.reply(reply, &[])?;
+                        }
+                        if let Refusal::Version { .. } = refusal {
+                            return Err(SessionError::Version(refusal));
+                        }
                     }
                 }
             }
@@ -168,6 +171,9 @@ pub enum SessionError {
     /// The stream cannot be followed any further.
     #[error("the stream is out of step: {0}")]
     Stream(#[from] Refusal),
+    /// There is no version that both sides speak.
+    #[error("the client speaks another {0}")]
+    Version(Refusal),
     /// The socket failed.
     #[error("the socket failed: {0}")]
     Socket(#[from] io::Error),

@@ -1,10 +1,12 @@
 //! Negotiation of version and capabilities (specification, `VFIO_USER_VERSION`).
 
 use std::fmt::Write as _;
+use std::marker::PhantomData;
 
-use serde::Deserialize;
-use serde::de::IgnoredAny;
-use serde_json::{Map, Value};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::Number;
 
 use super::refusal::Refusal;
 use super::{Limits, MAX_FDS, PAGE_SIZES};
@@ -15,12 +17,12 @@ pub const MAJOR: u16 = 0;
 /// Highest minor version spoken.
 pub const MINOR: u16 = 0;
 
-/// Longest version data read. QEMU sends 194 bytes.
-const MAX_DATA: usize = 4096;
-
 /// `max_data_xfer_size` and `max_msg_fds` of a client that does not name them.
 const DEFAULT_TRANSFER: u64 = 1 << 20;
 const DEFAULT_FDS: usize = 1;
+
+/// Most characters that are said of what is wrong with a client's version data, which may be long.
+const MAX_WHY: usize = 200;
 
 /// What the answer to `twin_socket` has more than the question: the index of its descriptor, which is the only one.
 const FD_INDEX: &str = ",\"fd_index\":0";
@@ -28,22 +30,77 @@ const FD_INDEX: &str = ",\"fd_index\":0";
 /// The version data of a client. Keys that are not listed are ignored.
 #[derive(Default, Deserialize)]
 struct Proposal {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object")]
     capabilities: Capabilities,
 }
 
-/// The capabilities that can be answered.
+/// The capabilities that are looked at.
 #[derive(Default, Deserialize)]
 struct Capabilities {
-    max_msg_fds: Option<Value>,
-    max_data_xfer_size: Option<Value>,
-    pgsizes: Option<IgnoredAny>,
-    max_dma_maps: Option<IgnoredAny>,
+    #[serde(default, deserialize_with = "number")]
+    max_msg_fds: Option<u64>,
+    #[serde(default, deserialize_with = "number")]
+    max_data_xfer_size: Option<u64>,
+    #[serde(default, deserialize_with = "number")]
+    pgsizes: Option<u64>,
+    #[serde(default, deserialize_with = "number")]
+    max_dma_maps: Option<u64>,
     #[serde(default)]
     write_multiple: bool,
-    /// An object; serde would take an array for a struct.
+    #[serde(default, deserialize_with = "object")]
+    twin_socket: TwinSocket,
+    /// Of older revisions; not answered.
+    #[serde(default, deserialize_with = "object", rename = "migration")]
+    _migration: Migration,
+}
+
+#[derive(Default, Deserialize)]
+struct TwinSocket {
     #[serde(default)]
-    twin_socket: Map<String, Value>,
+    supported: bool,
+}
+
+#[derive(Default, Deserialize)]
+struct Migration {
+    #[serde(default, deserialize_with = "page_size", rename = "pgsize")]
+    _pgsize: Option<u64>,
+}
+
+/// An object, where serde would take an array too.
+fn object<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<T, D::Error> {
+    struct Object<T>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Object<T> {
+        type Value = T;
+
+        fn expecting(&self, to: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            to.write_str("an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(map))
+        }
+    }
+    from.deserialize_map(Object(PhantomData))
+}
+
+/// A whole number from 0. One that is larger than 64 bits hold is more than is ever used.
+fn number<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+    let number = Number::deserialize(from)?;
+    let whole = || {
+        let value = number.as_f64().filter(|it| *it >= 0.0 && it.fract() == 0.0);
+        value.map(|it| format!("{it:.0}").parse().unwrap_or(u64::MAX))
+    };
+    let value = number.as_u64().or_else(whole);
+    let refused = || D::Error::custom(format_args!("{number} where a count should be"));
+    value.ok_or_else(refused).map(Some)
+}
+
+fn page_size<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+    let size = number(from)?;
+    match size.is_none_or(u64::is_power_of_two) {
+        true => Ok(size),
+        false => Err(D::Error::custom("a page size that is no power of two")),
+    }
 }
 
 /// What was agreed on.
@@ -70,7 +127,7 @@ pub struct Agreement {
 ///
 /// # Errors
 /// [`Refusal::Version`] if the major version differs, [`Refusal::VersionData`] if `data` is neither empty nor
-/// NUL-terminated JSON of at most 4096 bytes, in which every capability has its type. `open_twin` was not called then.
+/// NUL-terminated JSON in which every capability has its type. `open_twin` was not called then.
 pub fn negotiate(
     major: u16,
     minor: u16,
@@ -81,53 +138,40 @@ pub fn negotiate(
     if major != MAJOR {
         return Err(Refusal::Version { major, minor });
     }
-    let theirs = parse(data)?.unwrap_or_default().capabilities;
-    let number = |value: &Option<Value>| value.as_ref().and_then(Value::as_u64);
-    let max_fds = number(&theirs.max_msg_fds)
-        .and_then(|fds| usize::try_from(fds).ok())
-        .unwrap_or(DEFAULT_FDS);
-    let asks_for_twin = match theirs.twin_socket.get("supported") {
-        None => false,
-        Some(Value::Bool(asks)) => *asks,
-        Some(other) => {
-            return Err(Refusal::VersionData {
-                len: data.len(),
-                why: format!("twin_socket.supported is {other}"),
-            });
-        }
-    };
-    let twin = asks_for_twin && max_fds > 0 && open_twin();
+    let theirs = parse(data)?.capabilities;
+    let max_fds = theirs.max_msg_fds.map_or(DEFAULT_FDS, |fds| {
+        usize::try_from(fds).unwrap_or(usize::MAX)
+    });
+    let twin = theirs.twin_socket.supported && max_fds > 0 && open_twin();
     // The lower of the two minor versions, and ours is the lowest there is.
     const { assert!(MINOR == 0) };
     Ok(Agreement {
         minor: MINOR,
         data: answer(&theirs, twin, data.len(), limits),
         // What a client that names no number takes is the specification's.
-        max_transfer: number(&theirs.max_data_xfer_size).unwrap_or(DEFAULT_TRANSFER),
+        max_transfer: theirs.max_data_xfer_size.unwrap_or(DEFAULT_TRANSFER),
         max_fds,
     })
 }
 
-fn parse(data: &[u8]) -> Result<Option<Proposal>, Refusal> {
-    let wrong = |why: &str| Refusal::VersionData {
+fn parse(data: &[u8]) -> Result<Proposal, Refusal> {
+    let wrong = |why: &dyn std::fmt::Display| Refusal::VersionData {
         len: data.len(),
-        why: why.to_owned(),
+        why: why.to_string().chars().take(MAX_WHY).collect(),
     };
     let Some((terminator, json)) = data.split_last() else {
-        return Ok(None);
+        return Ok(Proposal::default());
     };
-    if data.len() > MAX_DATA {
-        return Err(wrong("longer than 4096 bytes"));
-    }
     if *terminator != 0 {
-        return Err(wrong("no terminating NUL"));
+        return Err(wrong(&"no terminating NUL"));
     }
     if json.is_empty() {
-        return Ok(None);
+        return Ok(Proposal::default());
     }
-    serde_json::from_slice(json)
-        .map(Some)
-        .map_err(|error| wrong(&error.to_string()))
+    let text = std::str::from_utf8(json).map_err(|error| wrong(&error))?;
+    let mut from = serde_json::Deserializer::from_str(text);
+    let proposal = object(&mut from).and_then(|it| from.end().map(|()| it));
+    proposal.map_err(|error| wrong(&error))
 }
 
 fn answer(theirs: &Capabilities, twin: bool, room: usize, limits: &Limits) -> String {
@@ -178,6 +222,8 @@ fn answer(theirs: &Capabilities, twin: bool, room: usize, limits: &Limits) -> St
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     fn negotiate(major: u16, minor: u16, data: &[u8]) -> Result<Agreement, Refusal> {
@@ -261,8 +307,10 @@ mod tests {
         assert_eq!(limits("{}"), (1 << 20, 1));
         let named = r#"{"capabilities":{"max_data_xfer_size":4096,"max_msg_fds":8}}"#;
         assert_eq!(limits(named), (4096, 8));
-        let odd = r#"{"capabilities":{"max_data_xfer_size":"x","max_msg_fds":-1}}"#;
-        assert_eq!(limits(odd), (1 << 20, 1));
+        // Larger than any number that is used, and another way to write one.
+        let large =
+            r#"{"capabilities":{"max_data_xfer_size":18446744073709551616,"max_msg_fds":8.0}}"#;
+        assert_eq!(limits(large), (u64::MAX, 8));
     }
 
     #[test]
@@ -327,16 +375,83 @@ mod tests {
         }
     }
 
+    /// "Name, Type" of the table of capabilities: `number`, `boolean`, `object`.
+    #[test]
+    fn capabilities_of_another_type_are_refused() {
+        let refused = |capabilities: &str| {
+            let data = format!("{{\"capabilities\":{capabilities}}}\0");
+            let refused = negotiate(0, 0, data.as_bytes());
+            let refused = matches!(refused, Err(Refusal::VersionData { .. }));
+            assert!(refused, "{capabilities}");
+        };
+        for numeric in [
+            "max_msg_fds",
+            "max_data_xfer_size",
+            "pgsizes",
+            "max_dma_maps",
+        ] {
+            for value in [
+                "\"4\"", "null", "true", "[4]", "{}", "-1", "0.5", "-1e30", "1e400",
+            ] {
+                refused(&format!("{{\"{numeric}\":{value}}}"));
+            }
+        }
+        for capabilities in [
+            "null",
+            "3",
+            "\"x\"",
+            "[]",
+            "[16,4096,4096,1,true,{},{}]",
+            r#"{"write_multiple":1}"#,
+            r#"{"write_multiple":null}"#,
+            r#"{"migration":"23"}"#,
+            r#"{"migration":{"pgsize":"x"}}"#,
+            r#"{"migration":{"pgsize":4095}}"#,
+            r#"{"max_msg_fds":8,"max_msg_fds":9}"#,
+        ] {
+            refused(capabilities);
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_is_ignored_however_much_and_deep_it_is() {
+        let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+        for unknown in [
+            deep,
+            format!("\"{}\"", "x".repeat(1 << 20)),
+            "9".repeat(1 << 19),
+        ] {
+            let data =
+                format!("{{\"x\":{unknown},\"capabilities\":{{\"x\":{unknown}}},\"x\":1}}\0");
+            assert_eq!(negotiate(0, 0, data.as_bytes()).unwrap().data, "{}\0");
+        }
+    }
+
     #[test]
     fn nonsense_is_refused() {
-        for data in [&b"{}"[..], b"x\0", b"[1]\0", b"{\"capabilities\":3}\0"] {
+        for data in [
+            &b"{}"[..],
+            b"x\0",
+            b"1\0",
+            b"[]\0",
+            b"[{}]\0",
+            b"{}{}\0",
+            b"{}\0\0",
+            b"{\"x\":\"\xff\"}\0",
+            b"{\"capabilities\":3}\0",
+        ] {
             assert!(matches!(
                 negotiate(0, 0, data),
                 Err(Refusal::VersionData { .. })
             ));
         }
-        let long = vec![b' '; 5000];
-        assert!(negotiate(0, 0, &long).is_err());
+        let long = format!("{{\"capabilities\":\"{}\"}}\0", "x".repeat(1 << 20));
+        match negotiate(0, 0, long.as_bytes()) {
+            Err(Refusal::VersionData { len, why }) => {
+                assert_eq!((len, why.len()), (long.len(), MAX_WHY));
+            }
+            other => panic!("{other:?}"),
+        }
         assert!(matches!(
             negotiate(1, 0, b"{}\0"),
             Err(Refusal::Version { major: 1, .. })

@@ -288,7 +288,10 @@ fn a_partly_mappable_region_is_described_byte_for_byte() {
             0, 0, 0x40, 0, 0, 0, 0, 0, // 4 MiB
         ];
         if argsz < 64 {
-            assert_eq!(answer.body, fixed, "{argsz}");
+            // "Indicates additional capabilities found in the reply".
+            let mut without = fixed;
+            (without[4], without[12]) = (0x7, 0);
+            assert_eq!(answer.body, without, "{argsz}");
         } else {
             assert_eq!(answer.body, [&fixed[..], &capability].concat());
         }
@@ -321,6 +324,18 @@ fn regions_without_areas_or_with_one_of_all_need_no_capability() {
             assert_eq!(fds.len(), usize::from(mapped));
         }
     }
+}
+
+/// "Maximum number of file descriptors that can be received by the sender in one message" ("Version"): without any
+/// there is nothing to map, and accesses go by messages.
+#[test]
+fn a_client_that_takes_no_descriptors_is_offered_no_map() {
+    let served = serve(8 * MIB);
+    let proposal = "{\"capabilities\":{\"max_msg_fds\":0}}\0";
+    let mut raw = Raw::proposing(&served.path(), proposal);
+    let (answer, fds) = info(&mut raw, 64, APERTURE);
+    let want = [words(&[32, 3, APERTURE, 0]), longs(&[8 * MIB, 0])].concat();
+    assert_eq!((answer.errno, answer.body, fds.len()), (0, want, 0));
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::io::Read as _;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
+use numagpu_devices::bus::Mapped;
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::device::{Served, serve, serve_with};
@@ -179,6 +180,35 @@ fn single_bytes_and_one_glued_send_give_the_same_replies() {
         served_maps.events.iter().filter(|e| **e == "dma").count(),
         2
     );
+}
+
+/// "The file descriptor must be passed as SCM_RIGHTS type ancillary data" (`VFIO_USER_DMA_MAP`) says of no message
+/// boundary: a client that sends more messages at once means the one that takes descriptors.
+#[test]
+fn descriptors_of_one_send_go_to_the_message_that_takes_them() {
+    let info = message(GET_INFO, &words(&[16, 0, 0, 0]));
+    let map = message(DMA_MAP, &map_body(3, 0, 0x1000, 0x1000));
+    let bare = message(DMA_MAP, &map_body(3, 0, 0x8000, 0x1000));
+    let off = message(SET_IRQS, &irqs_body(0x21, 2, 0, 0));
+    for messages in [
+        vec![&map, &info],
+        vec![&info, &map],
+        vec![&info, &map, &off, &info],
+        vec![&bare, &info, &map, &info],
+    ] {
+        let served = serve();
+        let mut raw = Raw::ready(&served.path());
+        let ram = memfd(0x1000);
+        let bytes: Vec<u8> = messages.iter().flat_map(|it| it.to_vec()).collect();
+        raw.send(&bytes, &[ram.as_fd()]);
+        for _ in &messages {
+            assert_eq!(raw.answer().errno, 0);
+        }
+        let dma = served.probe.attachment().dma;
+        let shown = dma.mapped(0x1000, 0x1000);
+        assert!(matches!(shown, Mapped::File { .. }), "{shown:?}");
+        assert!(!matches!(dma.mapped(0x8000, 0x1000), Mapped::File { .. }));
+    }
 }
 
 #[test]

@@ -135,6 +135,13 @@ fn starts_and_stops_are_answered_with_their_request() {
     assert_eq!(start(&mut raw, PAGE, &[(0, PAGE)]), EINVAL, "others");
     let dma = served.probe.attachment().dma;
     write(&*dma, 0x10_0000, 1);
+    // All of it, also what is not used.
+    let longer = feature_body(body.len() + 5, SET | START, &[&data[..], &[1; 5]].concat());
+    let answer = raw.ask(FEATURE, &longer, &[]);
+    assert_eq!((answer.errno, answer.body.len()), (0, longer.len()));
+    assert_eq!(answer.body[body.len()..], [1; 5]);
+    let cramped = feature_body(body.len() + 4, SET | START, &longer[8..]);
+    assert_eq!(raw.errno(FEATURE, &cramped, &[]), EINVAL);
     let stop = feature_body(8, SET | STOP, &[]);
     for _ in 0..2 {
         let answer = raw.ask(FEATURE, &stop, &[]);
@@ -232,6 +239,11 @@ fn features_are_probed_by_what_they_can_do() {
         let body = feature_body(ROOM, flags, &[0; 64]);
         assert_eq!(raw.errno(FEATURE, &body, &[]), EINVAL, "{flags:#x}");
     }
+    // "The reply payload must be the same as the request payload", and `argsz` is the most that it has.
+    let body = feature_body(13, PROBE | START, &[1; 5]);
+    assert_eq!(raw.ask(FEATURE, &body, &[]).body, body);
+    let body = feature_body(12, PROBE | START, &[1; 5]);
+    assert_eq!(raw.errno(FEATURE, &body, &[]), EINVAL);
     let unknown = feature_body(ROOM, 1 << 19 | SET | STOP, &[]);
     assert_eq!(raw.errno(FEATURE, &unknown, &[]), EINVAL);
     assert_eq!(

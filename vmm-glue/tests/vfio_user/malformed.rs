@@ -8,7 +8,6 @@ use crate::device::{BAR0, is_alone, serve, serve_limited};
 use crate::raw::*;
 
 const EINVAL: u32 = 22;
-const ENOTSUP: u32 = 95;
 const ENOENT: u32 = 2;
 const EEXIST: u32 = 17;
 
@@ -38,6 +37,10 @@ pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
         |flags, offset, address, size| message(DMA_MAP, &map_body(flags, offset, address, size));
     let irqs =
         |flags, index, start, count| message(SET_IRQS, &irqs_body(flags, index, start, count));
+    let bools = |count: u32, data: &[u8]| {
+        let head = words(&[count.saturating_add(20), 0x22, 2, 0, count]);
+        message(SET_IRQS, &[&head, data].concat())
+    };
     let multi =
         |count: u64, entries: &[u8]| message(WRITE_MULTI, &[&longs(&[count]), entries].concat());
     let quiet = |command, body: &[u8]| {
@@ -68,19 +71,15 @@ pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
         ("command 0", message(0, &[]), Errno(EINVAL)),
         ("command 19", message(19, &[1; 100]), Errno(EINVAL)),
         ("command 0xffff", message(0xffff, &[]), Errno(EINVAL)),
-        (
-            "DMA_READ to a server",
-            message(11, &[0; 16]),
-            Errno(ENOTSUP),
-        ),
+        ("DMA_READ to a server", message(11, &[0; 16]), Errno(EINVAL)),
         (
             "DMA_WRITE to a server",
             message(12, &[0; 16]),
-            Errno(ENOTSUP),
+            Errno(EINVAL),
         ),
-        ("DIRTY_PAGES", message(14, &[0; 8]), Errno(ENOTSUP)),
+        ("DIRTY_PAGES", message(14, &[0; 8]), Errno(EINVAL)),
         ("DEVICE_FEATURE", message(FEATURE, &[0; 8]), Errno(EINVAL)),
-        ("MIG_DATA_READ", message(MIG_READ, &[0; 8]), Errno(ENOTSUP)),
+        ("MIG_DATA_READ", message(MIG_READ, &[0; 8]), Errno(EINVAL)),
         (
             "MIG_DATA_WRITE",
             message(MIG_WRITE, &[0; 70_000]),
@@ -201,6 +200,11 @@ pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
             multi(1, &region_body(bar_end, 0, 1, &[0; 8])),
             Errno(EINVAL),
         ),
+        (
+            "map argsz",
+            message(DMA_MAP, &[words(&[31, 3]), longs(&[0, 0, 0x1000])].concat()),
+            Errno(EINVAL),
+        ),
         ("map of 0", map(3, 0, 0x1000, 0), Errno(EINVAL)),
         ("map that wraps", map(3, 0, !0xfff, 0x2000), Errno(EINVAL)),
         (
@@ -214,6 +218,11 @@ pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
             "unmap of nothing",
             message(DMA_UNMAP, &unmap_body(0, 0, 0x1000)),
             Errno(ENOENT),
+        ),
+        (
+            "unmap argsz",
+            message(DMA_UNMAP, &[words(&[23, 2]), longs(&[0, 0])].concat()),
+            Errno(EINVAL),
         ),
         (
             "unmap with bitmap",
@@ -236,6 +245,15 @@ pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
             Success(24),
         ),
         ("irqs short", message(SET_IRQS, &[0; 19]), Errno(EINVAL)),
+        (
+            "irqs argsz",
+            message(SET_IRQS, &words(&[19, 0x21, 2, 0, 0])),
+            Errno(EINVAL),
+        ),
+        ("irqs bool of less", bools(4, &[0; 3]), Errno(EINVAL)),
+        ("irqs bool of more", bools(4, &[0; 5]), Errno(EINVAL)),
+        ("irqs bool", bools(4, &[0; 4]), Success(0)),
+        ("irqs bool of ones", bools(ones, &[0; 4]), Errno(EINVAL)),
         ("irqs past the end", irqs(0x24, 2, 31, 2), Errno(EINVAL)),
         ("irqs that wrap", irqs(0x24, 2, ones, 2), Errno(EINVAL)),
         ("irqs of ones", irqs(0x21, 2, 0, ones), Errno(EINVAL)),
@@ -347,7 +365,6 @@ fn version_comes_first_and_once_and_can_be_tried_again() {
         assert_eq!(raw.errno(command, &[0; 32], &[]), EINVAL);
     }
     assert_eq!(raw.errno(VERSION, &[0; 3], &[]), EINVAL);
-    assert_eq!(raw.errno(VERSION, b"\x01\0\0\0{}\0", &[]), EINVAL);
     assert_eq!(raw.errno(VERSION, b"\0\0\0\0{}", &[]), EINVAL);
     assert_eq!(raw.errno(VERSION, b"\0\0\0\0nonsense\0", &[]), EINVAL);
     assert!(served.probe.state().events.is_empty());
@@ -355,6 +372,44 @@ fn version_comes_first_and_once_and_can_be_tried_again() {
     assert_eq!(answer.body, b"\0\0\0\0{}\0");
     assert_eq!(raw.errno(VERSION, b"\0\0\0\0{}\0", &[]), EINVAL);
     assert_eq!(served.probe.state().events, ["attach"]);
+}
+
+/// "Or closes the connection if it cannot support the advertised version" ("Connection Initiation"); before that it
+/// says so.
+#[test]
+fn a_client_of_another_major_version_is_told_and_left() {
+    let served = serve();
+    for major in [1_u16, 0xffff] {
+        for flags in [0, NO_REPLY] {
+            let mut raw = Raw::connect(&served.path());
+            let body = [&major.to_ne_bytes()[..], b"\0\0{}\0"].concat();
+            raw.send(&framed(7, VERSION, 23, flags, &body), &[]);
+            if flags == 0 {
+                let answer = raw.answer();
+                assert_eq!((answer.errno, answer.body.len()), (EINVAL, 0));
+            }
+            assert!(raw.is_closed());
+        }
+    }
+    let mut next = Raw::ready(&served.path());
+    assert_eq!(next.errno(VERSION, b"\x01\0\0\0{}\0", &[]), EINVAL);
+    assert_eq!(next.errno(RESET, &[], &[]), 0, "it is negotiated");
+}
+
+/// Version data is as long as the client likes, and keys that are not known are its own affair ("Version").
+#[test]
+fn version_data_may_be_as_long_as_a_message() {
+    let served = serve();
+    let mut raw = Raw::connect(&served.path());
+    let json = format!("{{\"x\":\"{}\"}}\0", "x".repeat(1 << 20));
+    let body = [&[0; 4], json.as_bytes()].concat();
+    let file = memfd(1);
+    assert_eq!(
+        raw.errno(VERSION, &body, &[file.as_fd()]),
+        EINVAL,
+        "no descriptors"
+    );
+    assert_eq!(raw.ask(VERSION, &body, &[]).body, b"\0\0\0\0{}\0");
 }
 
 #[test]

@@ -1,9 +1,12 @@
 //! Every command that the `vfio_user` crate's client has, which is Cloud Hypervisor's.
 
 use std::os::fd::AsRawFd as _;
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use numagpu_devices::bus::{DmaAccess, Mapped};
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{OFlags, fcntl_getfl};
 use vfio_user::Client;
 use vm_memory::Bytes as _;
 
@@ -114,4 +117,58 @@ fn interrupts_reach_the_client() {
     assert_eq!(rustix::io::read(&events[4], &mut [0; 8]), Ok(8));
     client.set_irqs(2, 0x21, 0, 0, &[]).unwrap();
     assert!((0..VECTORS).all(|vector| !irq.trigger(vector)));
+}
+
+/// "A count (and start) of 0, with data flags of VFIO_IRQ_SET_DATA_NONE disables all interrupts of the index"
+/// (`VFIO_USER_DEVICE_SET_IRQS`), and of no other one.
+#[test]
+fn an_index_that_is_disabled_leaves_the_vectors_of_others() {
+    let served = serve();
+    let mut client = Client::new(&served.path()).unwrap();
+    let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    client
+        .set_irqs(2, 0x24, 3, 1, &[event.as_raw_fd()])
+        .unwrap();
+    let irq = served.probe.attachment().irq;
+    for index in [0, 1] {
+        client.set_irqs(index, 0x21, 0, 0, &[]).unwrap();
+        assert!(irq.trigger(3), "{index}");
+    }
+    client.set_irqs(2, 0x21, 0, 0, &[]).unwrap();
+    assert!(!irq.trigger(3));
+}
+
+/// "The server may trigger the IRQ by writing 1 to the eventfd" (`VFIO_USER_DEVICE_SET_IRQS`): a client may wait for that
+/// in a read, so its descriptor's mode stays, and nobody waits for a client whose counter is full.
+#[test]
+fn a_descriptor_that_blocks_stays_so_and_stops_nobody_when_it_is_full() {
+    let served = serve();
+    let mut client = Client::new(&served.path()).unwrap();
+    let event = eventfd(0, EventfdFlags::empty()).unwrap();
+    let count = || {
+        let mut count = [0; 8];
+        rustix::io::read(&event, &mut count).unwrap();
+        u64::from_ne_bytes(count)
+    };
+    client
+        .set_irqs(2, 0x24, 3, 1, &[event.as_raw_fd()])
+        .unwrap();
+    let flags = fcntl_getfl(&event).unwrap();
+    assert!(!flags.contains(OFlags::NONBLOCK));
+    let irq = served.probe.attachment().irq;
+    let full = u64::MAX - 1;
+    rustix::io::write(&event, &full.to_ne_bytes()).unwrap();
+    std::thread::scope(|scope| {
+        let (done, is_done) = channel();
+        scope.spawn(move || done.send(irq.trigger(3)));
+        let heard = is_done.recv_timeout(Duration::from_secs(5));
+        // Which also frees one that waits.
+        assert_eq!(count(), full);
+        assert_eq!(heard, Ok(true));
+    });
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(count);
+        client.set_irqs(2, 0x21, 3, 1, &[]).unwrap();
+        assert_eq!(waiting.join().unwrap(), 1);
+    });
 }

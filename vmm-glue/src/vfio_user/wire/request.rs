@@ -20,7 +20,7 @@ pub enum Request<'a> {
     DmaMap(DmaMap),
     /// `DMA_UNMAP`.
     DmaUnmap {
-        /// The client's room for the reply, echoed.
+        /// The client's room for the reply's body, at least 24 bytes; echoed.
         argsz: u32,
         /// See [`UNMAP_DIRTY`] and [`UNMAP_ALL`].
         flags: u32,
@@ -115,7 +115,7 @@ pub struct SetIrqs<'a> {
     pub start: u32,
     /// Vectors.
     pub count: u32,
-    /// Whatever follows; with `DATA_BOOL` a byte per vector.
+    /// Whatever follows; with `DATA_BOOL` a byte per vector and no more.
     pub data: &'a [u8],
 }
 
@@ -227,6 +227,7 @@ fn decode_body(number: u16, body: &[u8]) -> Option<Result<Request<'_>, Refusal>>
         got: body.len(),
         want,
     };
+    // `argsz` is the room for the reply, and that of the request where the reply has no body.
     let room = |want: u32, request| match u32_at(body, 0) {
         Some(argsz) if argsz < want => Err(Refusal::Argsz {
             command: number,
@@ -241,24 +242,30 @@ fn decode_body(number: u16, body: &[u8]) -> Option<Result<Request<'_>, Refusal>>
             minor: u16_at(body, 2)?,
             data: body.get(4..)?,
         }),
-        command::DMA_MAP => Ok(Request::DmaMap(DmaMap {
-            flags: u32_at(body, 4)?,
-            offset: u64_at(body, 8)?,
-            address: u64_at(body, 16)?,
-            size: u64_at(body, 24)?,
-        })),
-        command::DMA_UNMAP => Ok(Request::DmaUnmap {
-            argsz: u32_at(body, 0)?,
-            flags: u32_at(body, 4)?,
-            address: u64_at(body, 8)?,
-            size: u64_at(body, 16)?,
-            bitmap: u64_at(body, 24)
-                .zip(u64_at(body, 32))
-                .map(|it| UnmapBitmap {
-                    page_size: it.0,
-                    size: it.1,
-                }),
-        }),
+        command::DMA_MAP => {
+            let map = DmaMap {
+                flags: u32_at(body, 4)?,
+                offset: u64_at(body, 8)?,
+                address: u64_at(body, 16)?,
+                size: u64_at(body, 24)?,
+            };
+            room(32, Request::DmaMap(map))
+        }
+        command::DMA_UNMAP => {
+            let unmap = Request::DmaUnmap {
+                argsz: u32_at(body, 0)?,
+                flags: u32_at(body, 4)?,
+                address: u64_at(body, 8)?,
+                size: u64_at(body, 16)?,
+                bitmap: u64_at(body, 24)
+                    .zip(u64_at(body, 32))
+                    .map(|it| UnmapBitmap {
+                        page_size: it.0,
+                        size: it.1,
+                    }),
+            };
+            room(24, unmap)
+        }
         command::GET_INFO => room(16, Request::GetInfo),
         command::GET_REGION_INFO => {
             let (argsz, index) = (u32_at(body, 0)?, u32_at(body, 8)?);
@@ -278,13 +285,16 @@ fn decode_body(number: u16, body: &[u8]) -> Option<Result<Request<'_>, Refusal>>
             let index = u32_at(body, 8)?;
             room(16, Request::GetIrqInfo { index })
         }
-        command::SET_IRQS => Ok(Request::SetIrqs(SetIrqs {
-            flags: u32_at(body, 4)?,
-            index: u32_at(body, 8)?,
-            start: u32_at(body, 12)?,
-            count: u32_at(body, 16)?,
-            data: body.get(20..)?,
-        })),
+        command::SET_IRQS => {
+            let set = SetIrqs {
+                flags: u32_at(body, 4)?,
+                index: u32_at(body, 8)?,
+                start: u32_at(body, 12)?,
+                count: u32_at(body, 16)?,
+                data: body.get(20..)?,
+            };
+            room(20, Request::SetIrqs(set))
+        }
         command::REGION_READ => match body.len() {
             16 => access(body, 16).map(Request::RegionRead),
             _ => Err(mismatch(16)),
