@@ -1,7 +1,8 @@
 //! Interrupts: the client's event descriptors, one per vector of each index (specification, `VFIO_USER_DEVICE_SET_IRQS`).
 
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{PoisonError, RwLock};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 
 use numagpu_devices::bus::{InterruptSink, OtherInterrupt};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -20,16 +21,18 @@ const WITHOUT_ERROR: u32 = 3;
 
 /// `VFIO_IRQ_INFO_EVENTFD`.
 const INFO_EVENTFD: u32 = 1 << 0;
+/// `VFIO_IRQ_INFO_MASKABLE`.
+const INFO_MASKABLE: u32 = 1 << 1;
 
 const DATA_NONE: u32 = 1 << 0;
 const DATA_BOOL: u32 = 1 << 1;
 /// `VFIO_IRQ_SET_DATA_EVENTFD`: descriptors may come along.
 pub(super) const DATA_EVENTFD: u32 = 1 << 2;
+const ACTION_MASK: u32 = 1 << 3;
+const ACTION_UNMASK: u32 = 1 << 4;
 const ACTION_TRIGGER: u32 = 1 << 5;
 
-const TRIGGER_NONE: u32 = ACTION_TRIGGER | DATA_NONE;
-const TRIGGER_BOOL: u32 = ACTION_TRIGGER | DATA_BOOL;
-const TRIGGER_EVENTFD: u32 = ACTION_TRIGGER | DATA_EVENTFD;
+const DATA: u32 = DATA_NONE | DATA_BOOL | DATA_EVENTFD;
 
 /// The vectors of one connection and who listens to each.
 #[derive(Debug)]
@@ -42,8 +45,41 @@ pub struct IrqTable {
 /// The vectors of one index.
 #[derive(Debug)]
 struct Index {
-    vectors: RwLock<Vec<Option<OwnedFd>>>,
+    vectors: RwLock<Vec<Vector>>,
     count: u16,
+}
+
+/// What a client has set up for one vector.
+#[derive(Debug, Default)]
+struct Vector {
+    /// Signalled for each interrupt.
+    triggered: Option<OwnedFd>,
+    is_masked: bool,
+    /// Whether an interrupt waits for the mask to be taken away.
+    is_pending: AtomicBool,
+    /// Signalled when the vector is masked, and when it no longer is.
+    masked: Option<OwnedFd>,
+    unmasked: Option<OwnedFd>,
+}
+
+/// What is done with a vector.
+#[derive(Clone, Copy, Debug)]
+enum Action {
+    Mask,
+    Unmask,
+    Trigger,
+}
+
+impl Action {
+    /// The one that the flags name.
+    fn of(flags: u32) -> Option<Action> {
+        match flags & !DATA {
+            ACTION_MASK => Some(Action::Mask),
+            ACTION_UNMASK => Some(Action::Unmask),
+            ACTION_TRIGGER => Some(Action::Trigger),
+            _ => None,
+        }
+    }
 }
 
 impl IrqTable {
@@ -90,15 +126,15 @@ impl IrqTable {
     pub fn info(&self, index: u32) -> Result<(u32, u32), Refusal> {
         match self.index(index)?.count {
             0 => Ok((0, 0)),
-            count => Ok((INFO_EVENTFD, count.into())),
+            count => Ok((INFO_EVENTFD | INFO_MASKABLE, count.into())),
         }
     }
 
     /// Carries out `SET_IRQS`. Event descriptors are taken out of `fds`; de-assigned ones are closed.
     ///
     /// # Errors
-    /// [`Refusal::Irq`] if vectors do not exist, [`Refusal::IrqFlags`] if flags, count and descriptors do not
-    /// fit together or ask for masking, which clients do themselves. Nothing has changed then.
+    /// [`Refusal::Irq`] if vectors do not exist, [`Refusal::IrqFlags`] if flags, count, data and descriptors do not
+    /// fit together. Nothing has changed then.
     pub fn set(&self, request: &SetIrqs<'_>, fds: &mut Vec<OwnedFd>) -> Result<(), Refusal> {
         let SetIrqs {
             flags,
@@ -109,15 +145,21 @@ impl IrqTable {
         } = *request;
         let vectors = self.index(index)?;
         let have = vectors.count.into();
-        let flags_refused = Refusal::IrqFlags {
+        let refused = Refusal::IrqFlags {
             flags,
             count,
             fds: fds.len(),
         };
-        if flags != TRIGGER_EVENTFD && !fds.is_empty() {
-            return Err(flags_refused);
-        }
-        if (flags, start, count) == (TRIGGER_NONE, 0, 0) {
+        let Some(action) = Action::of(flags) else {
+            return Err(refused);
+        };
+        let kind = flags & DATA;
+        let comes_with = match kind {
+            DATA_EVENTFD => fds.len(),
+            _ if fds.is_empty() => 0,
+            _ => return Err(refused),
+        };
+        if let (DATA_NONE, Action::Trigger, 0, 0) = (kind, action, start, count) {
             vectors.disable();
             return Ok(());
         }
@@ -129,24 +171,16 @@ impl IrqTable {
                 have,
             });
         }
-        // Vectors were just checked against a 16-bit count.
-        let vector = |n: u32| u16::try_from(start + n).unwrap_or(u16::MAX);
-        match flags {
-            TRIGGER_EVENTFD if fds.is_empty() => vectors.assign(start, count, std::iter::empty()),
-            TRIGGER_EVENTFD if fds.len() == count as usize => {
-                vectors.assign(start, count, fds.drain(..));
+        match kind {
+            // Without any they are taken away.
+            DATA_EVENTFD if comes_with == 0 || comes_with == count as usize => {
+                vectors.assign(action, start, count, fds.drain(..));
             }
-            TRIGGER_NONE => (0..count).for_each(|n| {
-                vectors.trigger(vector(n));
-            }),
-            TRIGGER_BOOL if data.len() == count as usize => {
-                for (n, wanted) in (0..count).zip(data) {
-                    if *wanted != 0 {
-                        vectors.trigger(vector(n));
-                    }
-                }
+            DATA_NONE => vectors.act(action, start, (0..count).map(|_| true)),
+            DATA_BOOL if data.len() == count as usize => {
+                vectors.act(action, start, data.iter().map(|wanted| *wanted != 0));
             }
-            _ => return Err(flags_refused),
+            _ => return Err(refused),
         }
         Ok(())
     }
@@ -160,35 +194,99 @@ impl IrqTable {
 impl Index {
     fn new(count: u16) -> Self {
         Self {
-            vectors: RwLock::new((0..count).map(|_| None).collect()),
+            vectors: RwLock::new((0..count).map(|_| Vector::default()).collect()),
             count,
         }
     }
 
+    /// Closes all event descriptors, and takes away masks and what they kept back.
     fn disable(&self) {
-        let mut vectors = self.vectors.write().unwrap_or_else(PoisonError::into_inner);
-        vectors.iter_mut().for_each(|vector| *vector = None);
+        self.write().fill_with(Vector::default);
     }
 
-    /// Gives `count` vectors from `start` their descriptors, or none where `fds` ends.
-    fn assign(&self, start: u32, count: u32, mut fds: impl Iterator<Item = OwnedFd>) {
-        let mut vectors = self.vectors.write().unwrap_or_else(PoisonError::into_inner);
-        let chosen = vectors.iter_mut().skip(start as usize).take(count as usize);
-        chosen.for_each(|vector| *vector = fds.next());
+    /// Gives `count` vectors from `start` their descriptors for an action, or none where `fds` ends.
+    fn assign(
+        &self,
+        action: Action,
+        start: u32,
+        count: u32,
+        mut fds: impl Iterator<Item = OwnedFd>,
+    ) {
+        let mut vectors = self.write();
+        for vector in vectors.iter_mut().skip(start as usize).take(count as usize) {
+            let place = match action {
+                Action::Mask => &mut vector.masked,
+                Action::Unmask => &mut vector.unmasked,
+                Action::Trigger => &mut vector.triggered,
+            };
+            *place = fds.next();
+        }
+    }
+
+    /// Does that with those vectors from `start` on that are `wanted`.
+    fn act(&self, action: Action, start: u32, wanted: impl Iterator<Item = bool>) {
+        let mut vectors = self.write();
+        for (vector, wanted) in vectors.iter_mut().skip(start as usize).zip(wanted) {
+            match action {
+                _ if !wanted => {}
+                Action::Mask => vector.mask(),
+                Action::Unmask => vector.unmask(),
+                Action::Trigger => {
+                    vector.trigger();
+                }
+            }
+        }
     }
 
     fn trigger(&self, vector: u16) -> bool {
         let vectors = self.vectors.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(Some(fd)) = vectors.get(usize::from(vector)) else {
-            return false;
-        };
-        // A full counter means that an interrupt is pending already.
-        if !has_room(fd) {
+        let vector = vectors.get(usize::from(vector));
+        vector.is_some_and(Vector::trigger)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Vec<Vector>> {
+        self.vectors.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Vector {
+    /// An interrupt; whether somebody hears of it, at once or when the mask is taken away.
+    fn trigger(&self) -> bool {
+        if self.is_masked && self.triggered.is_some() {
+            self.is_pending.store(true, Ordering::Relaxed);
             return true;
         }
-        let sent = rustix::io::write(fd.as_fd(), &1_u64.to_ne_bytes());
-        matches!(sent, Ok(_) | Err(Errno::AGAIN))
+        signal(self.triggered.as_ref())
     }
+
+    fn mask(&mut self) {
+        if !self.is_masked {
+            self.is_masked = true;
+            signal(self.masked.as_ref());
+        }
+    }
+
+    fn unmask(&mut self) {
+        if self.is_masked {
+            self.is_masked = false;
+            signal(self.unmasked.as_ref());
+            if std::mem::take(self.is_pending.get_mut()) {
+                signal(self.triggered.as_ref());
+            }
+        }
+    }
+}
+
+/// Signals an event; whether there is one. A full counter means that it was signalled and not looked at yet.
+fn signal(event: Option<&OwnedFd>) -> bool {
+    let Some(event) = event else {
+        return false;
+    };
+    if !has_room(event) {
+        return true;
+    }
+    let sent = rustix::io::write(event, &1_u64.to_ne_bytes());
+    matches!(sent, Ok(_) | Err(Errno::AGAIN))
 }
 
 /// Whether a write would not block. Which it may: a client that waits for its interrupts in a read has a descriptor that

@@ -20,7 +20,7 @@
 //! - `io_fds`, `kicks`: event descriptors that a client's kernel signals in place of writes.
 //! - [`irq`]: the client's event descriptors, as the function's `InterruptSink`.
 //!
-//! Not here: masks of interrupts; ioregionfds, which no kernel has.
+//! Not here: ioregionfds, which no kernel has.
 //!
 //! "The specification" in this module is QEMU's `docs/interop/vfio-user.rst`, protocol 0.0.
 

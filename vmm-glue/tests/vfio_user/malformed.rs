@@ -213,6 +213,7 @@ pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
             Errno(EINVAL),
         ),
         ("map without access", map(0, 0, 0, 0x1000), Errno(EINVAL)),
+        ("map of all", map(3, 0, 0, u64::MAX), Success(0)),
         ("map with odd flags", map(0x13, 0, 0, 0x1000), Errno(EINVAL)),
         (
             "unmap of nothing",
@@ -259,7 +260,21 @@ pub fn table() -> Vec<(&'static str, Vec<u8>, Expect)> {
         ("irqs of ones", irqs(0x21, 2, 0, ones), Errno(EINVAL)),
         ("irqs bool without data", irqs(0x22, 2, 0, 4), Errno(EINVAL)),
         ("irqs without action", irqs(0x04, 2, 0, 1), Errno(EINVAL)),
-        ("irqs mask", irqs(0x09, 2, 0, 1), Errno(EINVAL)),
+        ("irqs mask", irqs(0x09, 2, 0, 1), Success(0)),
+        ("irqs unmask", irqs(0x11, 2, 0, 32), Success(0)),
+        (
+            "irqs mask past the end",
+            irqs(0x09, 2, 31, 2),
+            Errno(EINVAL),
+        ),
+        ("irqs unmask of none", irqs(0x11, 2, 0, 0), Errno(EINVAL)),
+        (
+            "irqs unmask bool without data",
+            irqs(0x12, 2, 0, 1),
+            Errno(EINVAL),
+        ),
+        ("irqs two actions", irqs(0x19, 2, 0, 1), Errno(EINVAL)),
+        ("irqs of unknown flags", irqs(0x61, 2, 0, 1), Errno(EINVAL)),
         ("irqs two data kinds", irqs(0x23, 2, 0, 1), Errno(EINVAL)),
         ("irqs of INTx", irqs(0x24, 0, 0, 1), Errno(EINVAL)),
         ("irqs of index 3", irqs(0x21, 3, 0, 0), Errno(EINVAL)),
@@ -426,7 +441,7 @@ fn replies_have_the_sizes_that_cloud_hypervisor_reads() {
         24
     );
     let info = raw.ask(IRQ_INFO, &words(&[16, 0, 2, 0]), &[]);
-    assert_eq!(info.body, words(&[16, 1, 2, 32]));
+    assert_eq!(info.body, words(&[16, 3, 2, 32]));
     assert_eq!(raw.ask(RESET, &[], &[]).body.len(), 0);
     let read = raw.ask(READ, &region_body(4, 0, 12, &[]), &[]);
     assert_eq!(read.body, region_body(4, 0, 12, &[0; 12]));

@@ -1,17 +1,17 @@
 //! Every command that the `vfio_user` crate's client has, which is Cloud Hypervisor's.
 
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use numagpu_devices::bus::{DmaAccess, Mapped};
+use numagpu_devices::bus::{DmaAccess, InterruptSink, Mapped};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{OFlags, fcntl_getfl};
 use vfio_user::Client;
 use vm_memory::Bytes as _;
 
 use crate::device::{BAR0, VECTORS, serve};
-use crate::raw::memfd;
+use crate::raw::{Raw, SET_IRQS, irqs_body, memfd};
 
 #[test]
 fn regions_and_interrupts_are_as_the_layout_says() {
@@ -136,6 +136,92 @@ fn an_index_that_is_disabled_leaves_the_vectors_of_others() {
     }
     client.set_irqs(2, 0x21, 0, 0, &[]).unwrap();
     assert!(!irq.trigger(3));
+}
+
+const MASK: u32 = 8;
+const UNMASK: u32 = 16;
+const TRIGGER: u32 = 32;
+
+/// `VFIO_IRQ_SET_ACTION_MASK` and `VFIO_IRQ_SET_ACTION_UNMASK` with each kind of data (`VFIO_USER_DEVICE_SET_IRQS`).
+#[test]
+fn a_masked_vector_keeps_one_interrupt_back_until_it_is_unmasked() {
+    let served = serve();
+    let mut client = Client::new(&served.path()).unwrap();
+    assert_eq!(
+        client.get_irq_info(2).unwrap().flags,
+        3,
+        "EVENTFD, MASKABLE"
+    );
+    let events: Vec<_> = (0..4)
+        .map(|_| eventfd(0, EventfdFlags::NONBLOCK).unwrap())
+        .collect();
+    let [one, two, masked, unmasked] = [0, 1, 2, 3].map(|n: usize| events[n].as_raw_fd());
+    let counts = || {
+        [0, 1, 2, 3].map(|n: usize| {
+            let mut count = [0; 8];
+            let _ = rustix::io::read(&events[n], &mut count);
+            u64::from_ne_bytes(count)
+        })
+    };
+    let mut set = |flags, count, fds: &[i32]| client.set_irqs(2, flags, 3, count, fds).unwrap();
+    set(TRIGGER | 4, 2, &[one, two]);
+    set(MASK | 4, 2, &[masked, masked]);
+    set(UNMASK | 4, 2, &[unmasked, unmasked]);
+    let irq = served.probe.attachment().irq;
+    set(MASK | 1, 1, &[]);
+    set(MASK | 1, 1, &[]);
+    assert!(irq.trigger(3) && irq.trigger(3) && irq.trigger(4));
+    set(TRIGGER | 1, 1, &[]);
+    assert_eq!(counts(), [0, 1, 1, 0]);
+    set(UNMASK | 1, 2, &[]);
+    assert_eq!(counts(), [1, 0, 0, 1]);
+    set(UNMASK | 1, 2, &[]);
+    assert!(irq.trigger(3));
+    assert_eq!(counts(), [1, 0, 0, 0]);
+    // Without descriptors nobody is told, and a vector that nobody listens to keeps nothing back.
+    set(MASK | 4, 2, &[]);
+    set(TRIGGER | 4, 1, &[]);
+    set(MASK | 1, 2, &[]);
+    assert!(!irq.trigger(3) && irq.trigger(4));
+    set(TRIGGER | 4, 1, &[one]);
+    set(UNMASK | 1, 2, &[]);
+    assert_eq!(counts(), [0, 1, 0, 2]);
+    // Who disables the interrupts begins anew.
+    set(MASK | 1, 2, &[]);
+    assert!(irq.trigger(3));
+    client.set_irqs(2, TRIGGER | 1, 0, 0, &[]).unwrap();
+    client.set_irqs(2, UNMASK | 1, 3, 2, &[]).unwrap();
+    client.set_irqs(2, TRIGGER | 4, 3, 1, &[one]).unwrap();
+    assert!(irq.trigger(3));
+    assert_eq!(counts(), [1, 0, 0, 0]);
+}
+
+#[test]
+fn vectors_are_masked_one_by_one() {
+    let served = serve();
+    let mut raw = Raw::ready(&served.path());
+    let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    let ask = |raw: &mut Raw, flags, data: &[u8], fds: &[_]| {
+        let mut body = irqs_body(flags, 2, 0, 4);
+        body.extend(data);
+        body[0] += u8::try_from(data.len()).unwrap();
+        assert_eq!(raw.errno(SET_IRQS, &body, fds), 0);
+    };
+    ask(&mut raw, 0x24, &[], &[event.as_fd(); 4]);
+    ask(&mut raw, 0x0a, &[0, 1, 0, 255], &[]);
+    let irq = served.probe.attachment().irq;
+    let heard = |irq: &dyn InterruptSink| {
+        (0..4)
+            .filter(|vector| {
+                assert!(irq.trigger(*vector));
+                rustix::io::read(&event, &mut [0; 8]).is_ok()
+            })
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(heard(&*irq), [0, 2]);
+    ask(&mut raw, 0x12, &[1, 0, 1, 1], &[]);
+    assert_eq!(rustix::io::read(&event, &mut [0; 8]), Ok(8), "vector 3's");
+    assert_eq!(heard(&*irq), [0, 2, 3]);
 }
 
 /// "The server may trigger the IRQ by writing 1 to the eventfd" (`VFIO_USER_DEVICE_SET_IRQS`): a client may wait for that

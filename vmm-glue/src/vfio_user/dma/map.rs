@@ -299,10 +299,8 @@ pub(super) fn check(request: &DmaMap) -> Result<u64, MapError> {
     if size == 0 {
         return Err(MapError::Empty { address });
     }
-    // The end of a file is a signed 64-bit number.
-    let file_end = offset.checked_add(size).map(i64::try_from);
-    match (address.checked_add(size - 1), file_end) {
-        (Some(last), Some(Ok(_))) => Ok(last),
+    match (address.checked_add(size - 1), offset.checked_add(size - 1)) {
+        (Some(last), Some(_)) => Ok(last),
         _ => Err(MapError::Wraps {
             address,
             size,
