@@ -389,11 +389,12 @@ impl<'a> Faults<'a> {
                 return Err(format!("state {seen}, {counted} errors at {}", device.bdf));
             }
         }
-        let status = far.read32(irq::BASE, irq::STATUS);
-        match status & IrqBits::LINK.bits() {
-            0 => Err(format!("IRQ.STATUS {status:#x} at the other end")),
-            _ => Ok(heard),
-        }
+        // One end is told after the other.
+        wait("IRQ.STATUS at the other end", || {
+            let status = far.read32(irq::BASE, irq::STATUS);
+            (status & IrqBits::LINK.bits() != 0).then_some(())
+        })?;
+        Ok(heard)
     }
 
     /// A copy over the link stops.
