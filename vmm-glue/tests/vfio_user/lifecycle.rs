@@ -179,7 +179,12 @@ fn a_panic_of_the_device_ends_the_connection_and_the_server_but_not_the_process(
     client.send(&message(RESET, &[]), &[]);
     assert!(client.is_closed());
     served.probe.wait_detached();
-    assert!(!served.server.is_connected());
+    // The panic takes the connection with it, and then comes to whom has to say so.
+    let since = Instant::now();
+    while served.server.is_connected() {
+        assert!(since.elapsed() < Duration::from_secs(5));
+        std::thread::yield_now();
+    }
     served.server.shutdown();
 }
 
