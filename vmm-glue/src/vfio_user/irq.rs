@@ -154,11 +154,9 @@ impl IrqTable {
             return Err(refused);
         };
         let kind = flags & DATA;
-        let comes_with = match kind {
-            DATA_EVENTFD => fds.len(),
-            _ if fds.is_empty() => 0,
-            _ => return Err(refused),
-        };
+        if kind != DATA_EVENTFD && !fds.is_empty() {
+            return Err(refused);
+        }
         if let (DATA_NONE, Action::Trigger, 0, 0) = (kind, action, start, count) {
             vectors.disable();
             return Ok(());
@@ -173,7 +171,7 @@ impl IrqTable {
         }
         match kind {
             // Without any they are taken away.
-            DATA_EVENTFD if comes_with == 0 || comes_with == count as usize => {
+            DATA_EVENTFD if fds.is_empty() || fds.len() == count as usize => {
                 vectors.assign(action, start, count, fds.drain(..));
             }
             DATA_NONE => vectors.act(action, start, (0..count).map(|_| true)),
