@@ -19,6 +19,8 @@ use tempfile::TempDir;
 use vfio_bindings::bindings::vfio::vfio_region_info;
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, ServerBackend, ServerRegion};
 
+use crate::figures::nanos;
+
 /// Bytes of a read request and of its reply with 4 bytes of data; a 4-byte write is as long as the latter.
 const REQUEST: usize = 32;
 const REPLY: usize = 36;
@@ -309,6 +311,13 @@ impl Line {
             self.stream.write_all(&self.posted).unwrap();
         }
         self.round_trip();
+    }
+
+    /// What is measured in turns: 500 round trips in ns each, and a burst in ns a message.
+    pub fn block(&mut self) -> (Vec<u64>, u64) {
+        let reads = (0..500).map(|_| nanos(|| self.round_trip())).collect();
+        let burst = nanos(|| self.burst()) / u64::from(BURST);
+        (reads, burst)
     }
 
     /// Asks for the page at `offset` of `ram` to be mapped.

@@ -12,8 +12,8 @@
 mod machine;
 
 use machine::{Guest, With, planned};
-use numagpu_benches::figures::{is_asked_for, is_bench, nanos, quantile, ratio, thousandths};
-use numagpu_benches::line::{BURST, Line};
+use numagpu_benches::figures::{is_asked_for, is_bench, quantile, ratio, thousandths};
+use numagpu_benches::line::Line;
 use numagpu_benches::place::{self, Place};
 use numagpu_topology::preset;
 
@@ -87,8 +87,7 @@ fn registers(place: Place) {
     for _ in 0..GUESTS {
         let mut line = place.serve(Line::bare);
         for block in 0..11 {
-            let block_reads: Vec<_> = (0..500).map(|_| nanos(|| line.round_trip())).collect();
-            let burst = nanos(|| line.burst()) / u64::from(BURST);
+            let (block_reads, burst) = line.block();
             if block > 0 {
                 reads.extend(block_reads);
                 posted.push(burst);

@@ -53,8 +53,7 @@ fn interleaved(place: Place, mut floor: Run, mut runs: Vec<Run>) {
     for block in 0..BLOCKS {
         for run in std::iter::once(&mut floor).chain(&mut runs) {
             let mut line = place.serve(run.line);
-            let reads: Vec<_> = (0..500).map(|_| nanos(|| line.round_trip())).collect();
-            let burst = nanos(|| line.burst()) / u64::from(BURST);
+            let (reads, burst) = line.block();
             if block > 0 {
                 run.reads.extend(reads);
                 run.bursts.push(burst);
